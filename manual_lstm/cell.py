@@ -1,0 +1,43 @@
+"""One time step of the LSTM: the six equations, and nothing else."""
+
+import torch
+from torch import Tensor
+
+
+def lstm_cell(
+    x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r"""Take one step.
+
+    .. math::
+        i &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h + b_{hi}) \\
+        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h + b_{hf}) \\
+        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h + b_{hg}) \\
+        o &= \sigma(W_{io} x_t + b_{io} + W_{ho} h + b_{ho}) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c') \quad\text{or, projected,}\quad W_{hr} (o \odot \tanh(c'))
+
+    The terms with :math:`x_t` and both biases do not depend on the state: the loop computes
+    them for all steps in one product and hands them over as ``x_t``.
+
+    Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection is
+    that of Sak et al. 2014 (https://arxiv.org/abs/1402.1128).
+
+    Args:
+        x_t: the projected input of this step, ``[b, 4H]``, gates in the order i, f, g, o.
+        h: the hidden state before this step, ``[b, H]``, or ``[b, P]`` with a projection.
+        c: the cell state before this step, ``[b, H]``.
+        weight_hh: ``[4H, H]``, or ``[4H, P]`` with a projection.
+        weight_hr: ``[P, H]``, or ``None`` without a projection.
+
+    Returns:
+        The hidden state and the cell state after this step, shaped like ``h`` and ``c``.
+    """
+    gates = torch.addmm(x_t, h, weight_hh.t())  # [b, 4H]
+    i, f, g, o = gates.chunk(4, dim=-1)  # four times [b, H]
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    c = f * c + i * g
+    h = o * torch.tanh(c)
+    if weight_hr is not None:
+        h = torch.mm(h, weight_hr.t())  # [b, P]
+    return h, c

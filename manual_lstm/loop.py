@@ -1,0 +1,125 @@
+"""The unrolled gate loop: one direction over time, and the stack of layers and directions.
+
+Sequences arrive sorted by falling length, so that step ``t`` works on the first ``b`` rows of the
+state, ``b`` being the number of sequences that have a step ``t``. The rows below wait: forwards
+in time they have ended and keep their final state, backwards they have not begun and keep their
+initial one. So one loop serves dense and packed input and both directions, and the final state is
+the state itself.
+
+Everything here is made of differentiable out-of-place operations.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manual_lstm.cell import lstm_cell
+
+
+class DirectionWeights(NamedTuple):
+    """The weights of one direction of one layer, in the order nn.LSTM keeps them."""
+
+    weight_ih: Tensor  # [4H, I], above the first layer [4H, D * (P or H)]
+    weight_hh: Tensor  # [4H, P or H]
+    bias_ih: Tensor | None  # [4H]
+    bias_hh: Tensor | None  # [4H]
+    weight_hr: Tensor | None  # [P, H]
+
+
+# torch.jit.trace would record as many steps as its example has. Scripted, the loop stays a loop
+# in the trace, which then serves every length and batch size, as nn.LSTM's does.
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
+def lstm_direction(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the gate loop over all steps of one direction.
+
+    Args:
+        x: the projected input, ``[T, B, 4H]``, or packed ``[N, 4H]``.
+        batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``, int64.
+        h: the initial hidden state, ``[B, H]``, or ``[B, P]`` with a projection.
+        c: the initial cell state, ``[B, H]``.
+        weight_hh: ``[4H, H]``, or ``[4H, P]`` with a projection.
+        weight_hr: ``[P, H]``, or ``None``.
+        reverse: go from the last step to the first. Outputs stay at their input's step.
+
+    Returns:
+        The output, ``[T, B, P or H]`` or packed ``[N, P or H]``, and the final h and c.
+    """
+    if batch_sizes is None:
+        steps = x.unbind(0)  # T times [B, 4H]
+    else:
+        sizes: list[int] = batch_sizes.tolist()
+        steps = x.narrow(0, 0, sum(sizes)).split(sizes)  # type: ignore[no-untyped-call]  # T times [b, 4H]
+
+    outputs: list[Tensor] = []
+    B = h.size(0)
+    T = len(steps)
+    for k in range(T):
+        x_t = steps[T - 1 - k if reverse else k]
+        b = x_t.size(0)
+        if b == B:
+            h, c = lstm_cell(x_t, h, c, weight_hh, weight_hr)
+            outputs.append(h)
+        else:
+            h_t, c_t = lstm_cell(x_t, h.narrow(0, 0, b), c.narrow(0, 0, b), weight_hh, weight_hr)
+            outputs.append(h_t)
+            h = torch.cat([h_t, h.narrow(0, b, B - b)])
+            c = torch.cat([c_t, c.narrow(0, b, B - b)])
+
+    if reverse:
+        outputs.reverse()
+    if len(outputs) == 0:
+        return x.narrow(-1, 0, h.size(-1)), h, c  # no steps: nothing of x, but its place in the graph
+    return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h, c
+
+
+def lstm_stack(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    layers: list[list[DirectionWeights]],
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run all layers and directions.
+
+    Args:
+        x: the input, ``[T, B, I]``, or packed ``[N, I]``.
+        batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``, int64.
+        h_0: the initial hidden states, ``[L * D, B, P or H]``.
+        c_0: the initial cell states, ``[L * D, B, H]``.
+        layers: the weights, ``layers[layer][direction]``.
+        dropout: the probability with which an element between two layers is zeroed.
+
+    Returns:
+        The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
+        shaped like h_0 and c_0.
+    """
+    h_first, c_first = h_0.unbind(0), c_0.unbind(0)  # L * D times [B, P or H] and [B, H]
+    h_last: list[Tensor] = []
+    c_last: list[Tensor] = []
+    for layer, directions in enumerate(layers):
+        if dropout > 0 and layer > 0:
+            x = torch.dropout(x, dropout, train=True)
+        outputs: list[Tensor] = []
+        for direction, w in enumerate(directions):
+            k = len(h_last)  # layer * D + direction
+            bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh
+            x_proj = F.linear(x, w.weight_ih, bias)  # [T, B, 4H] or [N, 4H]
+            output, h, c = lstm_direction(
+                x_proj, batch_sizes, h_first[k], c_first[k], w.weight_hh, w.weight_hr, direction == 1
+            )
+            outputs.append(output)
+            h_last.append(h)
+            c_last.append(c)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return x, torch.stack(h_last), torch.stack(c_last)

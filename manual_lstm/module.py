@@ -1,0 +1,474 @@
+"""ManualLSTM: what nn.LSTM promises its callers, around the loop.
+
+Arguments are checked and shapes normalised once on the way in and given back once on the way out.
+Behind this file there are only steps: ``[T, B, features]``, or packed ``[N, features]``.
+"""
+
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
+
+from manual_lstm.loop import DirectionWeights, lstm_stack
+from manual_lstm.precision import answer_dtype, autocast, autocast_dtype, compute_dtype
+
+
+class ManualLSTM(nn.Module):
+    r"""A drop-in replacement for :class:`torch.nn.LSTM`, written as an unrolled gate loop.
+
+    For each element of the sequence, each layer computes
+
+    .. math::
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t)
+
+    and with ``proj_size > 0`` multiplies :math:`h_t` by :math:`W_{hr}`. See
+    :mod:`manual_lstm.cell` for the same in code, and for the papers.
+
+    Args:
+        input_size (int): features of the input, I.
+        hidden_size (int): features of the cell state, H.
+        num_layers (int): layers stacked on one another, L.
+        bias (bool): whether the layer has ``bias_ih`` and ``bias_hh``.
+        batch_first (bool): whether input and output are ``[B, T, features]``. Does not apply to
+            the states, nor to unbatched or packed input.
+        dropout (float): in training mode, probability with which an element of the output of
+            each layer but the last is zeroed.
+        bidirectional (bool): whether each layer also runs backwards in time, D = 2.
+        proj_size (int): if positive, the hidden state is projected to this size, P.
+        device (torch.device, optional): where the parameters are made.
+        dtype (torch.dtype, optional): floating-point or complex dtype of the parameters.
+
+    Shape:
+        - input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
+          :class:`~torch.nn.utils.rnn.PackedSequence`; of the parameters' dtype and device.
+        - hx: ``None`` for zeros, or the pair of h_0, ``[L * D, B, P or H]``, and c_0,
+          ``[L * D, B, H]``; without B where the input has none.
+        - output: as the input, with ``D * (P or H)`` features.
+        - h_n, c_n: as h_0 and c_0.
+
+        T may be 0: the output is then empty and the states come back as they went in.
+
+    Attributes:
+        weight_ih_l[k]: ``[4H, I]``, above the first layer ``[4H, D * (P or H)]``.
+        weight_hh_l[k]: ``[4H, P or H]``.
+        bias_ih_l[k], bias_hh_l[k]: ``[4H]``. Only with ``bias``.
+        weight_hr_l[k]: ``[P, H]``. Only with ``proj_size > 0``.
+
+        The backward direction's have the suffix ``_reverse``. Gates stand in the order i, f, g, o.
+
+    Raises:
+        TypeError: an argument of the wrong type; an ``hx`` that is not a pair of tensors.
+        ValueError: an argument out of range; an input of the wrong rank, or of another dtype
+            than the parameters.
+        RuntimeError: sizes that do not fit; ``hx`` of the wrong rank, size or dtype; tensors on
+            different devices.
+
+        Where nn.LSTM raises something else for an ``hx`` or an input that cannot be understood
+        (IndexError, AttributeError), so does this.
+
+    Example:
+        >>> layer = ManualLSTM(10, 20, num_layers=2)
+        >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+        >>> _ = nn.LSTM(10, 20, num_layers=2).load_state_dict(layer.state_dict())
+    """
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        )
+        self.mode = "LSTM"
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+
+        # By name, because a parametrized, pruned or replicated weight is no Parameter of ours.
+        self._weight_names: list[list[str]] = []  # L * D lists
+        for layer in range(num_layers):
+            for suffix in ["", "_reverse"] if bidirectional else [""]:
+                shapes = self._weight_shapes(layer)
+                names = {kind: f"{kind}_l{layer}{suffix}" for kind in shapes}
+                self._weight_names.append(list(names.values()))
+                for kind, shape in shapes.items():
+                    weight = torch.empty(shape, device=device, dtype=dtype)
+                    self.register_parameter(names[kind], Parameter(weight))
+        self.reset_parameters()
+
+    def _weight_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """The kinds and shapes of one direction's weights, in the order of nn.LSTM."""
+        H, P = self.hidden_size, self.proj_size
+        D = 2 if self.bidirectional else 1
+        features = self.input_size if layer == 0 else D * (P or H)
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (4 * H, features),
+            "weight_hh": (4 * H, P or H),
+        }
+        if self.bias:
+            shapes |= {"bias_ih": (4 * H,), "bias_hh": (4 * H,)}
+        if P:
+            shapes["weight_hr"] = (P, H)
+        return shapes
+
+    def reset_parameters(self) -> None:
+        r"""Draw every parameter from :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, in nn.LSTM's order."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    @property
+    def all_weights(self) -> list[list[Parameter]]:
+        """The weights, one list for each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._weight_names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: nn.LSTM gathers its weights for cuDNN here, the loop takes them anywhere."""
+
+    def extra_repr(self) -> str:
+        s = f"{self.input_size}, {self.hidden_size}"
+        if self.proj_size != 0:
+            s += f", proj_size={self.proj_size}"
+        if self.num_layers != 1:
+            s += f", num_layers={self.num_layers}"
+        if self.bias is not True:
+            s += f", bias={self.bias}"
+        if self.batch_first is not False:
+            s += f", batch_first={self.batch_first}"
+        if self.dropout != 0:
+            s += f", dropout={self.dropout}"
+        if self.bidirectional is not False:
+            s += f", bidirectional={self.bidirectional}"
+        return s
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Run the layer; see the class for shapes and for what is raised."""
+        batch_dim = 0 if self.batch_first else 1
+        batched = True
+        batch_sizes = sorted_indices = unsorted_indices = None
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+            if not _tracing():
+                _check_batch_sizes(x, batch_sizes)
+        else:
+            x, batched = _as_tensor(input), _as_tensor(input).dim() == 3
+            if not batched:
+                x = x.unsqueeze(batch_dim)
+
+        if hx is None:
+            h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
+            c_0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
+        else:
+            packed, indexed = batch_sizes is not None, batch_sizes is None or sorted_indices is not None
+            h_0, c_0 = _as_pair(hx, 3 if batched else 2, packed, indexed)
+            if not batched:
+                h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
+        self.check_forward_args(x, (h_0, c_0), batch_sizes)
+        h_0, c_0 = self.permute_hidden((h_0, c_0), sorted_indices)
+
+        if batch_sizes is None and self.batch_first:
+            x = x.transpose(0, 1)
+        output, h_n, c_n = self._run(x, batch_sizes, h_0, c_0)
+        if batch_sizes is None and self.batch_first:
+            output = output.transpose(0, 1)
+
+        if batch_sizes is not None:
+            sequence = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return sequence, self.permute_hidden((h_n, c_n), unsorted_indices)
+        if not batched:
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+        return output, (h_n, c_n)
+
+    def _run(
+        self, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor, c_0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From steps to steps: settle the dtypes, then run the stack."""
+        # Each weight is read once: a parametrized one is computed anew at every reading.
+        weights = [dict(zip(names, w)) for names, w in zip(self._weight_names, self.all_weights)]
+        cast_to = autocast_dtype(x.device)
+        tensors: dict[str, Tensor] = {"input": x, "h_0": h_0, "c_0": c_0}
+        for named in weights:
+            tensors.update(named)
+        tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
+        _check_alike(tensors)
+
+        first = tensors[self._weight_names[0][0]]
+        plain = batch_sizes is None and not self.proj_size
+        answer = answer_dtype(x, c_0, first, cast_to, plain)
+        compute = compute_dtype(first.dtype)
+        tensors = {name: tensor.to(compute) for name, tensor in tensors.items()}
+
+        D = 2 if self.bidirectional else 1
+        directions = [self._direction(names, tensors) for names in self._weight_names]
+        layers = [directions[k : k + D] for k in range(0, len(directions), D)]
+        off = torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext()
+        with off:
+            output, h_n, c_n = lstm_stack(
+                tensors["input"],
+                batch_sizes,
+                tensors["h_0"],
+                tensors["c_0"],
+                layers,
+                self.dropout if self.training else 0.0,
+            )
+        return output.to(answer), h_n.to(answer), c_n.to(answer)
+
+    def _direction(self, names: list[str], tensors: dict[str, Tensor]) -> DirectionWeights:
+        weights = [tensors[name] for name in names]
+        bias_ih, bias_hh = weights[2:4] if self.bias else (None, None)
+        weight_hr = weights[-1] if self.proj_size else None
+        return DirectionWeights(weights[0], weights[1], bias_ih, bias_hh, weight_hr)
+
+    # nn.LSTM's own checks, by its names: subclasses call and override them.
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise unless the input has the rank, features and dtype that the layer takes."""
+        weight = getattr(self, self._weight_names[0][0])
+        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
+            error = ValueError if batch_sizes is None else RuntimeError  # as nn.LSTM
+            raise error(
+                f"input should have the dtype of the weights, {weight.dtype}, but got {input.dtype}. "
+                f"Convert the input: input.to({weight.dtype}), or the model: model.to({input.dtype})"
+            )
+        rank = 3 if batch_sizes is None else 2
+        if input.dim() != rank:
+            raise RuntimeError(
+                f"input should have {rank} dimensions, but got {input.dim()}: {list(input.shape)}"
+            )
+        if not _tracing() and input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) should be input_size, {self.input_size}, but got {input.size(-1)}: "
+                f"{list(input.shape)}"
+            )
+
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """Return the shape that h_0 should have, ``(L * D, B, P or H)``."""
+        L, B, H = self.get_expected_cell_size(input, batch_sizes)
+        return L, B, self.proj_size or H
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Return the shape that c_0 should have, ``(L * D, B, H)``."""
+        if batch_sizes is None:
+            B = input.size(0 if self.batch_first else 1)
+        elif _tracing():
+            B = cast(int, batch_sizes[0])  # int() would freeze it
+        else:
+            B = int(batch_sizes[0]) if batch_sizes.numel() else 0
+        return len(self._weight_names), B, self.hidden_size
+
+    def check_hidden_size(
+        self,
+        hx: Tensor,
+        expected_hidden_size: tuple[int, int, int],
+        msg: str = "Expected hidden size {}, got {}",
+    ) -> None:
+        """Raise unless ``hx`` has the expected shape."""
+        if tuple(hx.shape) != tuple(expected_hidden_size):
+            raise RuntimeError(msg.format(tuple(expected_hidden_size), list(hx.shape)))
+
+    def check_forward_args(
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """Raise unless the input and both states have the shapes that the layer takes."""
+        self.check_input(input, batch_sizes)
+        if _tracing():
+            return
+        hidden_size = self.get_expected_hidden_size(input, batch_sizes)
+        cell_size = self.get_expected_cell_size(input, batch_sizes)
+        self.check_hidden_size(hidden[0], hidden_size, "Expected h_0 of size {}, got {}")
+        self.check_hidden_size(hidden[1], cell_size, "Expected c_0 of size {}, got {}")
+
+    def permute_hidden(
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return both states with their sequences in another order."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+
+def _tracing() -> bool:
+    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def _check_arguments(
+    input_size: Any,
+    hidden_size: Any,
+    num_layers: Any,
+    bias: Any,
+    batch_first: Any,
+    dropout: Any,
+    bidirectional: Any,
+    proj_size: Any,
+) -> None:
+    """Check the constructor's arguments, in the order and with the exceptions of nn.LSTM."""
+    probability = f"dropout should be a number in the range [0, 1], but got {dropout!r}"
+    try:
+        float(dropout)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise type(error)(probability) from None
+    number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
+        raise ValueError(probability)
+    _check_comparable("num_layers", num_layers)
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout acts on the output of all layers but the last, so it wants num_layers > 1, "
+            f"but got dropout={dropout} and num_layers={num_layers}",
+            stacklevel=3,
+        )
+
+    for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be a bool, but got {flag!r} ({type(flag).__name__})")
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
+        if size <= 0:
+            raise ValueError(f"{name} should be greater than zero, but got {size}")
+    if num_layers <= 0:
+        raise ValueError(f"num_layers should be greater than zero, but got {num_layers}")
+    _check_comparable("proj_size", proj_size)
+    if proj_size < 0:
+        raise ValueError(
+            f"proj_size should be positive, or zero for no projection, but got {proj_size}"
+        )
+    if proj_size >= hidden_size:
+        raise ValueError(
+            f"proj_size should be smaller than hidden_size, {hidden_size}, but got {proj_size}"
+        )
+    for name, size in (("num_layers", num_layers), ("proj_size", proj_size)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
+
+
+def _check_comparable(name: str, size: Any) -> None:
+    if not isinstance(size, numbers.Real):
+        raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
+
+
+def _as_tensor(input: Any) -> Tensor:
+    if not isinstance(input, Tensor):
+        # nn.LSTM asks for input.dim() and finds none
+        raise AttributeError(
+            f"input should be a Tensor or a PackedSequence, but got {type(input).__name__}"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"input should be 2-D (unbatched) or 3-D, but got {input.dim()}-D: {list(input.shape)}"
+        )
+    return input
+
+
+def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, Tensor]:
+    """Check that ``hx`` is (h_0, c_0), with the exceptions that nn.LSTM has for each mistake.
+
+    Args:
+        hx: what the caller gave.
+        rank: that of both states.
+        packed: the input is packed; nn.LSTM's kernel then finds mistakes, not its own checks.
+        indexed: nn.LSTM takes hx[0] and hx[1] before it counts them.
+    """
+    wanted = f"hx should be a pair (h_0, c_0) of {rank}-D tensors, but got "
+    if isinstance(hx, Tensor) and not packed:
+        given = wanted + f"one tensor of shape {list(hx.shape)}"
+        if hx.dim() == 0 or hx.size(0) < 2:
+            raise IndexError(given)
+        raise RuntimeError(given) if hx.dim() != rank + 1 else TypeError(given)
+    if not isinstance(hx, Sequence):
+        raise TypeError(wanted + type(hx).__name__)
+    if len(hx) != 2:
+        error = IndexError if len(hx) < 2 and indexed else RuntimeError
+        raise error(wanted + f"{len(hx)} elements")
+    h_0, c_0 = hx
+    if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
+        given = f"({type(h_0).__name__}, {type(c_0).__name__})"
+        raise (AttributeError if indexed else TypeError)(wanted + given)
+    if h_0.dim() != rank or c_0.dim() != rank:
+        flat = packed and min(h_0.dim(), c_0.dim()) < rank
+        given = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
+        raise (IndexError if flat else RuntimeError)(wanted + given)
+    return h_0, c_0
+
+
+def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
+    """Check a PackedSequence that may have been built by hand."""
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        error = RuntimeError if batch_sizes.dtype == torch.int32 else TypeError  # as nn.LSTM
+        raise error(
+            "batch_sizes should be one-dimensional and of torch.int64, but got "
+            f"{list(batch_sizes.shape)} of {batch_sizes.dtype}"
+        )
+    sizes: list[int] = batch_sizes.tolist()
+    if any(b > a for a, b in pairwise(sizes)) or min(sizes, default=0) < 0:
+        raise RuntimeError(f"batch_sizes should not grow, nor be negative, but got {sizes}")
+    if sum(sizes) > input.size(0):
+        raise RuntimeError(
+            f"data should have a row for each of the {sum(sizes)} steps in batch_sizes, {sizes}, "
+            f"but got {input.size(0)}"
+        )
+
+
+def _check_alike(tensors: dict[str, Tensor]) -> None:
+    """Check that all are of one dtype and on one device: those of most weights."""
+    name, last = list(tensors.items())[-1]
+    for other, tensor in tensors.items():
+        for what in ("device", "dtype"):
+            if getattr(tensor, what) != getattr(last, what):
+                raise RuntimeError(
+                    f"input, hx and weights should be of the same {what}, but got {other} of "
+                    f"{getattr(tensor, what)} and {name} of {getattr(last, what)}"
+                )
