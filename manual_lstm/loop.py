@@ -58,7 +58,7 @@ def lstm_direction(
         steps = x.unbind(0)  # T times [B, 4H]
     else:
         sizes: list[int] = batch_sizes.tolist()
-        steps = x.narrow(0, 0, sum(sizes)).split(sizes)  # type: ignore[no-untyped-call]  # T times [b, 4H]
+        steps = x.narrow(0, 0, sum(sizes)).split_with_sizes(sizes)  # T times [b, 4H]
 
     outputs: list[Tensor] = []
     B = h.size(0)

@@ -240,9 +240,9 @@ class ManualLSTM(nn.Module):
         for named in weights:
             tensors.update(named)
         tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
-        _check_alike(tensors)
-
         first = tensors[self._weight_names[0][0]]
+        _check_alike(tensors, first)
+
         plain = batch_sizes is None and not self.proj_size
         answer = answer_dtype(x, c_0, first, cast_to, plain)
         compute = compute_dtype(first.dtype)
@@ -305,7 +305,7 @@ class ManualLSTM(nn.Module):
         elif _tracing():
             B = cast(int, batch_sizes[0])  # int() would freeze it
         else:
-            B = int(batch_sizes[0]) if batch_sizes.numel() else 0
+            B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
         return len(self._weight_names), B, self.hidden_size
 
     def check_hidden_size(
@@ -462,13 +462,13 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
         )
 
 
-def _check_alike(tensors: dict[str, Tensor]) -> None:
-    """Check that all are of one dtype and on one device: those of most weights."""
-    name, last = list(tensors.items())[-1]
-    for other, tensor in tensors.items():
+def _check_alike(tensors: dict[str, Tensor], weight: Tensor) -> None:
+    """Check that all are on the device, and of the dtype, of the first weight."""
+    for name, tensor in tensors.items():
         for what in ("device", "dtype"):
-            if getattr(tensor, what) != getattr(last, what):
+            given, expected = getattr(tensor, what), getattr(weight, what)
+            if given != expected:
                 raise RuntimeError(
-                    f"input, hx and weights should be of the same {what}, but got {other} of "
-                    f"{getattr(tensor, what)} and {name} of {getattr(last, what)}"
+                    f"input, hx and weights should be of one {what}, that of the first weight, "
+                    f"{expected}, but got {name} of {given}"
                 )

@@ -1,0 +1,56 @@
+"""``python -m manual_lstm``: the notebook's comparison; ``check FILE...``: a checkpoint's."""
+
+import argparse
+import sys
+
+from manual_lstm.checkpoint import CheckpointError, find, load, trial
+from manual_lstm.parity import show
+
+# In float64 two right answers differ by rounding alone, also with large, trained weights.
+_TOLERANCE = 1e-9
+
+
+def check(path: str) -> bool:
+    """Print a line for each LSTM in the file; return whether ManualLSTM agrees with nn.LSTM on all."""
+    try:
+        found = find(load(path))
+        if not found:
+            raise CheckpointError("no LSTM in it: no weight_ih_l0 and weight_hh_l0 of one")
+        good = True
+        for lstm in found:
+            gap, wide_gap = trial(lstm)
+            within = wide_gap <= _TOLERANCE
+            good = good and within
+            print(
+                f"{lstm.name or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
+                f"in float64 {wide_gap:.1e}{'' if within else '  DIFFERS'}"
+            )
+    except CheckpointError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return False
+    return good
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m manual_lstm",
+        description="Compare ManualLSTM with nn.LSTM, option by option. Status 0 if all agrees.",
+    )
+    commands = parser.add_subparsers(dest="command")
+    checking = commands.add_parser(
+        "check",
+        help="compare them on the LSTMs of a checkpoint",
+        description="Find every LSTM in a checkpoint by its weights and run both layers with them. "
+        "Only tensors and plain containers are loaded. Status 0 if all agree.",
+    )
+    checking.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        results = [check(path) for path in arguments.file]  # all of them, whatever the first says
+        return 0 if all(results) else 1
+    return 0 if show() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Finding the LSTMs in a checkpoint by their weights, and trying ManualLSTM on them.
+
+Checkpoints are not trusted: only tensors and plain containers are unpickled, never objects.
+"""
+
+import importlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from manual_lstm.module import ManualLSTM
+from manual_lstm.parity import compare, difference
+
+_WEIGHT = re.compile(r"(.*\.)?((?:weight_ih|weight_hh|bias_ih|bias_hh|weight_hr)_l(\d+)(_reverse)?)")
+_FLOATING = {
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+}
+
+
+class CheckpointError(Exception):
+    """A file that cannot be read, or an LSTM in it that is not whole. The message is one line."""
+
+
+@dataclass
+class FoundLSTM:
+    """An LSTM found in a checkpoint.
+
+    Attributes:
+        name: the path to its weights, without the last dot; empty at the top level.
+        weights: its state dict.
+        options: the constructor's arguments but ``batch_first`` and ``dropout``, which leave no
+            trace in a checkpoint.
+    """
+
+    name: str
+    weights: dict[str, Tensor]
+    options: dict[str, int | bool | torch.dtype]
+
+    def __str__(self) -> str:
+        call = repr(ManualLSTM(**self.options, device="meta"))  # type: ignore[arg-type]
+        dtype = self.options["dtype"]
+        return call if dtype == torch.float32 else f"{call[:-1]}, dtype={dtype})"
+
+
+def load(path: str | Path) -> object:
+    """Load a file saved by torch.save, or a ``.safetensors`` file, on CPU and without its objects.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds more than tensors and plain containers.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        raise CheckpointError(_reason(path, error)) from None
+
+
+def _load_safetensors(path: Path) -> object:
+    try:
+        reader = importlib.import_module("safetensors.torch")
+    except ModuleNotFoundError:
+        raise CheckpointError("reading .safetensors files needs: pip install safetensors") from None
+    return reader.load_file(path, device="cpu")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Tell in one line why the file was not read."""
+    text = str(error)
+    refused = re.search(r"GLOBAL\s+([\w.]+)", text)
+    if "TorchScript" in text:
+        return "is a TorchScript archive, not a checkpoint: save its state_dict()"
+    if refused:
+        return (
+            f"holds more than tensors and plain containers ({refused[1]}), "
+            "which is not loaded from an untrusted file: save its state_dict()"
+        )
+    if path.stat().st_size == 0:
+        return "is empty"
+    inner = re.search(
+        r"WeightsUnpickler error: (.*)", text
+    )  # torch.load's advice around it is not ours
+    text = inner[1] if inner else text
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return f"is not a checkpoint, or is damaged ({type(error).__name__}: {first[:120]})"
+
+
+def find(checkpoint: object) -> list[FoundLSTM]:
+    """Find every LSTM in nested dicts, lists and tuples, in their order there.
+
+    GRUs and plain RNNs, whose weights have the same names but fewer rows, are passed over.
+
+    Raises:
+        CheckpointError: an LSTM lacks a weight, or one has a shape or dtype that does not fit.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in _tensors(checkpoint):
+        match = _WEIGHT.fullmatch(path)
+        if match:
+            groups.setdefault((match[1] or "")[:-1], {})[match[2]] = tensor
+    return [
+        FoundLSTM(name, weights, _infer(name, weights))
+        for name, weights in groups.items()
+        if not _is_other_rnn(weights)
+    ]
+
+
+def _tensors(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its dotted path, without recursion: a file may nest deeply, or hold itself."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, object]] = [("", checkpoint)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield path, value
+            continue
+        if isinstance(value, Mapping):
+            items = [(str(key), item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            items = [(str(k), item) for k, item in enumerate(value)]
+        else:
+            continue
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(f"{path}.{key}" if path else key, item) for key, item in reversed(items)]
+
+
+def _is_other_rnn(weights: dict[str, Tensor]) -> bool:
+    """Whether these are a GRU's weights, of 3H rows, or a plain RNN's, of H rows."""
+    weight_ih, weight_hh = weights.get("weight_ih_l0"), weights.get("weight_hh_l0")
+    if weight_ih is None or weight_hh is None or weight_ih.dim() != 2 or weight_hh.dim() != 2:
+        return False
+    rows, H = weight_hh.shape
+    return "weight_hr_l0" not in weights and weight_ih.size(0) == rows and rows in (H, 3 * H)
+
+
+def _infer(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torch.dtype]:
+    """Infer the constructor's arguments, and check every weight against them."""
+    where = f"LSTM '{name}'" if name else "LSTM"
+    for wanted in ("weight_ih_l0", "weight_hh_l0"):
+        if wanted not in weights:
+            raise CheckpointError(f"{where}: missing {wanted}")
+        if weights[wanted].dim() != 2:
+            raise CheckpointError(
+                f"{where}: {wanted} should be 2-D, but is {list(weights[wanted].shape)}"
+            )
+    dtype = weights["weight_ih_l0"].dtype
+    for key, tensor in weights.items():
+        if tensor.dtype != dtype or dtype not in _FLOATING or tensor.layout != torch.strided:
+            expected = "dense, floating-point or complex" if key == "weight_ih_l0" else f"dense {dtype}"
+            raise CheckpointError(
+                f"{where}: {key} should be {expected}, but is {tensor.layout} {tensor.dtype}"
+            )
+
+    rows, columns = weights["weight_hh_l0"].shape
+    options: dict[str, int | bool | torch.dtype] = {
+        "input_size": weights["weight_ih_l0"].size(1),
+        "hidden_size": rows // 4,
+        "num_layers": 1 + max(int(re.findall(r"_l(\d+)", key)[-1]) for key in weights),
+        "bias": any(key.startswith("bias") for key in weights),
+        "bidirectional": any(key.endswith("_reverse") for key in weights),
+        "proj_size": columns if any(key.startswith("weight_hr") for key in weights) else 0,
+        "dtype": dtype,
+    }
+    if options["num_layers"] > len(weights):  # type: ignore[operator]
+        raise CheckpointError(f"{where}: {len(weights)} weights for {options['num_layers']} layers")
+    try:
+        expected_shapes = ManualLSTM(**options, device="meta").state_dict()  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CheckpointError(f"{where}: misshapen weights: {error}") from None
+    for key, expected_tensor in expected_shapes.items():
+        if key not in weights:
+            raise CheckpointError(f"{where}: missing {key}")
+        expected_shape, shape = list(expected_tensor.shape), list(weights[key].shape)
+        if shape != expected_shape:
+            raise CheckpointError(f"{where}: {key} should be {expected_shape}, but is {shape}")
+    surplus = [key for key in weights if key not in expected_shapes]
+    if surplus:
+        raise CheckpointError(f"{where}: unexpected {', '.join(surplus)}")
+    return options
+
+
+def trial(found: FoundLSTM) -> tuple[float, float]:
+    """Load the weights into nn.LSTM and ManualLSTM, each also through the other, and run both.
+
+    Returns:
+        The largest difference of outputs, states and gradients in the checkpoint's dtype, and in
+        float64 (complex128).
+
+    Raises:
+        CheckpointError: the weights did not come through unchanged.
+    """
+    torch.manual_seed(0)
+    dtype = found.options["dtype"]
+    assert isinstance(dtype, torch.dtype)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    reference = nn.LSTM(**found.options)
+    layer = ManualLSTM(**found.options)  # type: ignore[arg-type]
+    reference.load_state_dict(found.weights)
+    layer.load_state_dict(reference.state_dict())
+    reference.load_state_dict(layer.state_dict())
+    for key, weight in found.weights.items():
+        if any(difference(weight, lstm.state_dict()[key]) for lstm in (reference, layer)):
+            raise CheckpointError(f"LSTM '{found.name}': {key} changed on its way through state_dict")
+
+    input = torch.randn(8, 3, reference.input_size, dtype=wide).to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+        narrow_gap = max(compare(reference, layer, input).values())
+        wide_gap = max(compare(reference.to(wide), layer.to(wide), input.to(wide)).values())
+    return narrow_gap, wide_gap
