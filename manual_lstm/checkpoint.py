@@ -95,7 +95,7 @@ def _reason(path: Path, error: Exception) -> str:
     if path.stat().st_size == 0:
         return "is empty"
     inner = re.search(
-        r"WeightsUnpickler error: (.*)", text
+        r"WeightsUnpickler error:\s+(.*)", text
     )  # torch.load's advice around it is not ours
     text = inner[1] if inner else text
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -201,11 +201,13 @@ class ManualLSTM(nn.Module):
             if not _tracing():
                 _check_batch_sizes(x, batch_sizes)
         else:
-            x, batched = _as_tensor(input), _as_tensor(input).dim() == 3
+            x = _as_tensor(input)
+            batched = x.dim() == 3
             if not batched:
                 x = x.unsqueeze(batch_dim)
 
         if hx is None:
+            self.check_input(x, batch_sizes)
             h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
             c_0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
         else:
@@ -213,8 +215,8 @@ class ManualLSTM(nn.Module):
             h_0, c_0 = _as_pair(hx, 3 if batched else 2, packed, indexed)
             if not batched:
                 h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
-        self.check_forward_args(x, (h_0, c_0), batch_sizes)
-        h_0, c_0 = self.permute_hidden((h_0, c_0), sorted_indices)
+            self.check_forward_args(x, (h_0, c_0), batch_sizes)
+            h_0, c_0 = self.permute_hidden((h_0, c_0), sorted_indices)
 
         if batch_sizes is None and self.batch_first:
             x = x.transpose(0, 1)
@@ -233,34 +235,29 @@ class ManualLSTM(nn.Module):
         self, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor, c_0: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From steps to steps: settle the dtypes, then run the stack."""
-        # Each weight is read once: a parametrized one is computed anew at every reading.
-        weights = [dict(zip(names, w)) for names, w in zip(self._weight_names, self.all_weights)]
-        cast_to = autocast_dtype(x.device)
         tensors: dict[str, Tensor] = {"input": x, "h_0": h_0, "c_0": c_0}
-        for named in weights:
-            tensors.update(named)
-        tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
+        for names in self._weight_names:
+            for name in names:  # read once: a parametrized weight is computed anew at every reading
+                tensors[name] = getattr(self, name)
+        cast_to = autocast_dtype(x.device)
+        if cast_to is not None:
+            tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
         first = tensors[self._weight_names[0][0]]
         _check_alike(tensors, first)
 
         plain = batch_sizes is None and not self.proj_size
         answer = answer_dtype(x, c_0, first, cast_to, plain)
         compute = compute_dtype(first.dtype)
-        tensors = {name: tensor.to(compute) for name, tensor in tensors.items()}
+        if compute != first.dtype:
+            tensors = {name: tensor.to(compute) for name, tensor in tensors.items()}
 
         D = 2 if self.bidirectional else 1
         directions = [self._direction(names, tensors) for names in self._weight_names]
         layers = [directions[k : k + D] for k in range(0, len(directions), D)]
-        off = torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext()
-        with off:
-            output, h_n, c_n = lstm_stack(
-                tensors["input"],
-                batch_sizes,
-                tensors["h_0"],
-                tensors["c_0"],
-                layers,
-                self.dropout if self.training else 0.0,
-            )
+        dropout = self.dropout if self.training else 0.0
+        x, h_0, c_0 = tensors["input"], tensors["h_0"], tensors["c_0"]
+        with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
+            output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, layers, dropout)
         return output.to(answer), h_n.to(answer), c_n.to(answer)
 
     def _direction(self, names: list[str], tensors: dict[str, Tensor]) -> DirectionWeights:
@@ -464,7 +461,10 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
 
 def _check_alike(tensors: dict[str, Tensor], weight: Tensor) -> None:
     """Check that all are on the device, and of the dtype, of the first weight."""
+    device, dtype = weight.device, weight.dtype
     for name, tensor in tensors.items():
+        if tensor.device == device and tensor.dtype == dtype:
+            continue
         for what in ("device", "dtype"):
             given, expected = getattr(tensor, what), getattr(weight, what)
             if given != expected:
