@@ -1,0 +1,262 @@
+"""python -m manual_lstm, and check on checkpoints: whole, hidden, broken and hostile."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manual_lstm import ManualLSTM
+from manual_lstm.__main__ import main
+from manual_lstm.checkpoint import CheckpointError, find, load
+from manual_lstm.parity import ROWS, compare, twins
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_the_comparison_prints_every_row_and_succeeds() -> None:
+    command = [sys.executable, "-W", "error", "-m", "manual_lstm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    for row in ROWS:
+        assert row.label in done.stdout
+    assert "weight_hh_l0  [128, 32]" in done.stdout
+    assert "All within tolerance." in done.stdout
+
+
+def test_the_comparison_fails_where_the_layers_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def wrong(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: None) -> Any:
+        return h, c
+
+    monkeypatch.setattr("manual_lstm.loop.lstm_cell", wrong)
+    assert main([]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_compare_sees_a_difference_in_one_element() -> None:
+    reference, layer = twins(3, 4, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    assert max(compare(reference, layer, x).values()) < 1e-14
+    with torch.no_grad():
+        layer.bias_hh_l0[7] += 1e-6  # type: ignore[operator]
+    assert min(compare(reference, layer, x).values()) > 1e-9
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 3},
+    {"bias": False},
+    {"bidirectional": True, "num_layers": 2},
+    {"proj_size": 2},
+    {"proj_size": 1, "num_layers": 2, "bidirectional": True, "bias": False},
+    {"dtype": torch.float64},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.complex64},
+]
+NESTINGS: dict[str, Any] = {
+    "": lambda weights: weights,
+    "module": lambda weights: {f"module.{key}": value for key, value in weights.items()},
+    "state_dict.encoder.rnn": lambda weights: {
+        "epoch": 3,
+        "state_dict": OrderedDict({f"encoder.rnn.{key}": value for key, value in weights.items()}),
+    },
+    "nets.1.0.lstm": lambda weights: {"nets": [None, ({"lstm": weights}, "text")], 5: torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_check_finds_the_lstm(
+    name: str, options: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "model.pt"
+    torch.save(NESTINGS[name](nn.LSTM(3, 4, **options).state_dict()), file)
+    assert main(["check", str(file)]) == 0
+    out, err = capsys.readouterr()
+    call = repr(ManualLSTM(3, 4, **options))[:-1]
+    assert out.startswith(f"{name or '(top level)'}: {call}")
+    assert out.count("\n") == 1
+    assert err == ""
+    (found,) = find(load(file))
+    rebuilt = ManualLSTM(**found.options)  # type: ignore[arg-type]
+    rebuilt.load_state_dict(found.weights)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_check_several_in_a_training_checkpoint(legacy: bool, tmp_path: Path, capsys: Capture) -> None:
+    model = nn.ModuleDict(
+        {"a": nn.LSTM(3, 4), "gru": nn.GRU(3, 4), "rnn": nn.RNN(3, 4), "b": nn.LSTM(4, 5, 2)}
+    )
+    model["cell"] = nn.LSTMCell(3, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    file = tmp_path / "last.ckpt"
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr": 0.1}
+    torch.save(checkpoint, file, _use_new_zipfile_serialization=not legacy)
+    assert main(["check", str(file), str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["model.a", "model.b"] * 2
+
+
+class _Hostile:
+    """Unpickled, it would make a file."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+def _without(key: str) -> dict[str, Tensor]:
+    weights = nn.LSTM(3, 4, 2, bidirectional=True).state_dict()
+    del weights[key]
+    return weights
+
+
+def _changed(key: str, value: Tensor) -> dict[str, Tensor]:
+    return {**nn.LSTM(3, 4, 2, proj_size=2).state_dict(), key: value}
+
+
+def _saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _scripted() -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.LSTM(3, 4)), file)  # type: ignore[no-untyped-call]
+    return file.getvalue()
+
+
+def _itself() -> list[object]:
+    nest: list[object] = []
+    nest.append(nest)
+    return nest
+
+
+WHOLE = _saved(nn.LSTM(3, 4).state_dict())
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "text": (b"[project]\nname = 1\n", "not a checkpoint"),
+    "a byte": (b"\x80", "not a checkpoint"),
+    "a zip's head": (b"PK\x03\x04", "not a checkpoint"),
+    "truncated": (WHOLE[: len(WHOLE) // 2], "damaged"),
+    "truncated at the end": (WHOLE[:-10], "damaged"),
+    "truncated legacy": (WHOLE[100:], "damaged"),
+    "a module": (_saved(nn.LSTM(3, 4)), "torch.nn.modules.rnn.LSTM"),
+    "hostile": (_saved({"weights": _Hostile()}), "mkdir"),
+    "hostile pickle": (pickle.dumps(_Hostile(), protocol=2), "mkdir"),
+    "TorchScript": (_scripted(), "TorchScript"),
+    "a tensor": (_saved(torch.zeros(3)), "no LSTM"),
+    "a number": (_saved(3), "no LSTM"),
+    "no LSTM": (_saved(nn.Linear(3, 4).state_dict()), "no LSTM"),
+    "a GRU": (_saved(nn.GRU(3, 4, 2).state_dict()), "no LSTM"),
+    "an RNN": (_saved(nn.RNN(3, 4).state_dict()), "no LSTM"),
+    "holds itself": (_saved(_itself()), "no LSTM"),
+    "no weight_hh": (_saved(_without("weight_hh_l1_reverse")), "missing weight_hh_l1_reverse"),
+    "no weight_ih": (_saved(_without("weight_ih_l0")), "missing weight_ih_l0"),
+    "one bias": (_saved(_without("bias_hh_l0")), "missing bias_hh_l0"),
+    "misshapen": (
+        _saved(_changed("weight_hh_l1", torch.zeros(16, 3))),
+        r"weight_hh_l1 should be \[16, 2\], but is \[16, 3\]",
+    ),
+    "rows": (
+        _saved(_changed("weight_hh_l0", torch.zeros(15, 2))),
+        r"weight_ih_l0 should be|weight_hh_l0",
+    ),
+    "flat": (_saved(_changed("weight_hh_l0", torch.zeros(64))), "should be 2-D"),
+    "integers": (_saved(_changed("weight_ih_l0", torch.zeros(16, 3).long())), "torch.int64"),
+    "two dtypes": (
+        _saved(_changed("weight_hr_l1", torch.zeros(2, 4).half())),
+        "weight_hr_l1 .* torch.float16",
+    ),
+    "layers": (_saved(_changed("weight_ih_l99999999", torch.zeros(16, 3))), "99999999|100000000"),
+    "a line break": (_saved({"a\nb.weight_ih_l0": torch.zeros(8, 3)}), "missing weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_check_tells_in_one_line_what_is_wrong(
+    kind: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content, shown = BROKEN[kind]
+    Path("model.pt").write_bytes(content)
+    assert main(["check", "model.pt"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("model.pt: ")
+    with pytest.raises(CheckpointError, match=f"(?s){shown}"):
+        find(load("model.pt")) or pytest.fail("no LSTM" if shown != "no LSTM" else _no_lstm())
+    assert not Path("unpickled").exists()
+
+
+def _no_lstm() -> str:
+    raise CheckpointError("no LSTM")
+
+
+def test_check_goes_on_after_a_bad_file(tmp_path: Path, capsys: Capture) -> None:
+    good = tmp_path / "good.pt"
+    good.write_bytes(WHOLE)
+    assert main(["check", str(tmp_path / "none.pt"), str(tmp_path), str(good)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("ManualLSTM(3, 4)") == 1
+    assert len(err.splitlines()) == 2
+    assert "No such file" in err.splitlines()[0]
+
+
+def test_check_in_a_process_of_its_own_leaves_no_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "cut.pt"
+    file.write_bytes(WHOLE[:700])
+    command = [sys.executable, "-m", "manual_lstm", "check", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_safetensors(tmp_path: Path, capsys: Capture) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    file = tmp_path / "model.safetensors"
+    weights = {f"rnn.{key}": value for key, value in nn.LSTM(3, 4, proj_size=2).state_dict().items()}
+    safetensors.save_file(weights, file)
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("rnn: ManualLSTM(3, 4, proj_size=2)")
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(["check", str(file)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_safetensors_missing_says_what_to_install(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert main(["check", str(file)]) == 1
+    assert "pip install safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_weights_that_are_not_finite_still_compare(tmp_path: Path, capsys: Capture) -> None:
+    layer = nn.LSTM(3, 4)
+    with torch.no_grad():
+        layer.bias_ih_l0[0] = float("nan")
+    torch.save(layer.state_dict(), tmp_path / "nan.pt")
+    assert main(["check", str(tmp_path / "nan.pt")]) == 0
+    assert "ManualLSTM(3, 4)" in capsys.readouterr().out

@@ -1,0 +1,257 @@
+"""The manners of a Module: parameters, checkpoints, copies, hooks, tracing, threads."""
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from manual_lstm import ManualLSTM
+from tests.cases import Case, cases
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+@given(case=cases(dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.complex64)))
+def test_same_parameters_from_the_same_seed(case: Case) -> None:
+    options = {**case.options, "dtype": case.dtype, "device": case.device}
+    torch.manual_seed(case.seed)
+    reference = nn.LSTM(**options)
+    torch.manual_seed(case.seed)
+    layer = ManualLSTM(**options)
+    for _ in range(2):
+        pairs = zip(reference.named_parameters(), layer.named_parameters(), strict=True)
+        for (name, theirs), (our_name, ours) in pairs:
+            assert our_name == name
+            assert torch.equal(ours, theirs)
+            assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        for lstm in (reference, layer):
+            torch.manual_seed(case.seed + 1)
+            lstm.reset_parameters()
+    assert list(layer.state_dict()) == list(reference.state_dict())
+    assert repr(layer) == repr(reference).replace("LSTM(", "ManualLSTM(")
+    for name in ManualLSTM.__annotations__:
+        assert getattr(layer, name) == getattr(reference, name)
+    for our_list, their_list in zip(layer.all_weights, reference.all_weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(our_list, their_list, strict=True))
+    assert layer.flatten_parameters() is None  # type: ignore[func-returns-value]
+
+
+@given(case=cases(large=False, dropout=False))
+def test_checkpoints_load_both_ways(case: Case) -> None:
+    reference, layer = case.layers()
+    checkpoint = reference.state_dict()
+    from_meta = ManualLSTM(**case.options, dtype=case.dtype, device="meta")
+    from_meta.load_state_dict(checkpoint, assign=True)
+    emptied = ManualLSTM(**case.options, dtype=case.dtype, device="meta").to_empty(device=case.device)
+    emptied.load_state_dict(checkpoint)
+    for lstm in (layer, from_meta, emptied):
+        back = nn.LSTM(**case.options, dtype=case.dtype, device=case.device)
+        assert not any(back.load_state_dict(lstm.state_dict()))
+        assert all(torch.equal(a, b) for a, b in zip(back.parameters(), reference.parameters()))
+        output = lstm(case.input(), case.hx())[0]
+        expected = layer(case.input(), case.hx())[0]
+        assert torch.equal(output.data, expected.data)
+
+
+def test_a_load_that_fails_changes_nothing() -> None:
+    layer = ManualLSTM(3, 4)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(nn.LSTM(3, 5).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values()))
+
+
+def test_signature_is_that_of_nn_lstm() -> None:
+    parameters = inspect.signature(nn.RNNBase.__init__).parameters
+    names = [name for name in parameters if name not in ("self", "mode")]
+    ours = inspect.signature(ManualLSTM).parameters
+    assert list(ours) == names
+    assert all(ours[name].default == parameters[name].default for name in names)
+    assert list(inspect.signature(ManualLSTM.forward).parameters) == ["self", "input", "hx"]
+    assert not issubclass(ManualLSTM, nn.LSTM)
+    public = {name for name in dir(nn.LSTM) if not name.startswith("_")}
+    assert public <= set(dir(ManualLSTM))
+
+
+def _deepcopied(layer: ManualLSTM) -> ManualLSTM:
+    return copy.deepcopy(layer)
+
+
+def _pickled(layer: ManualLSTM) -> ManualLSTM:
+    copied: ManualLSTM = pickle.loads(pickle.dumps(layer))
+    return copied
+
+
+def _saved(layer: ManualLSTM) -> ManualLSTM:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    copied: ManualLSTM = torch.load(file, weights_only=False)
+    return copied
+
+
+def _shared(layer: ManualLSTM) -> ManualLSTM:
+    assert all(p.is_shared() for p in layer.share_memory().parameters())  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _replica(layer: ManualLSTM) -> ManualLSTM:
+    """As DataParallel makes it: weights are plain tensors there, not parameters."""
+    replica: ManualLSTM = layer._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter * 1.0)
+    assert not list(replica.parameters())
+    return replica
+
+
+def _averaged(layer: ManualLSTM) -> nn.Module:
+    model = torch.optim.swa_utils.AveragedModel(layer)
+    model.update_parameters(layer)
+    return model
+
+
+COPIES = [_deepcopied, _pickled, _saved, _shared, _replica, _averaged]
+
+
+@pytest.mark.parametrize("make", COPIES, ids=lambda make: make.__name__)
+def test_a_copy_gives_the_same_numbers(make: Any) -> None:
+    layer = ManualLSTM(3, 4, 2, bidirectional=True, proj_size=2)
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)
+    torch.testing.assert_close(make(layer)(x), expected, rtol=0, atol=0)
+
+
+def test_to_another_dtype() -> None:
+    reference, layer = nn.LSTM(3, 4), ManualLSTM(3, 4)
+    layer.load_state_dict(reference.state_dict())
+    for cast in ("half", "double", "bfloat16", "float"):
+        x = torch.randn(5, 2, 3, dtype=next(getattr(reference, cast)().parameters()).dtype)
+        output = getattr(layer, cast)()(x)[0]
+        torch.testing.assert_close(output, reference(x)[0], rtol=0, atol=8 * torch.finfo(x.dtype).eps)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_swap_module_params_on_conversion(swap: bool) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        layer = ManualLSTM(3, 4).double()
+        layer.load_state_dict(nn.LSTM(3, 4).state_dict())
+        assert layer(torch.randn(5, 2, 3, dtype=torch.float64))[0].dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_functional_call_uses_the_weights_it_is_given() -> None:
+    reference, layer = nn.LSTM(3, 4), ManualLSTM(3, 4)
+    x = torch.randn(5, 2, 3)
+    output = torch.func.functional_call(layer, dict(reference.named_parameters()), (x,))[0]
+    torch.testing.assert_close(output, reference(x)[0], rtol=0, atol=1e-6)
+
+
+def test_hooks_run() -> None:
+    layer, seen = ManualLSTM(3, 4), list[str]()
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer(torch.randn(5, 2, 3, requires_grad=True), hx=None)[0].sum().backward()
+    assert seen == ["before", "after", "backward"]
+
+
+class _Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+OPTIONS = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bidirectional": True, "proj_size": 2}
+WEIGHTS = [name for name in ManualLSTM(**OPTIONS).state_dict() if name.startswith("weight")]  # type: ignore[arg-type]
+
+
+def _old_weight_norm(layer: nn.Module, name: str) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer, name)
+
+
+CHANGES: dict[str, Callable[..., Any]] = {
+    "parametrize": lambda layer, name: parametrize.register_parametrization(layer, name, _Halved()),
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": _old_weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": lambda layer, name: prune.random_unstructured(layer, name, amount=0.5),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_takes_effect_and_gets_gradients(change: str, name: str) -> None:
+    torch.manual_seed(0)
+    layer = ManualLSTM(**OPTIONS)  # type: ignore[arg-type]
+    CHANGES[change](layer, name)
+    layer.eval()  # so that spectral_norm stands still
+    x = torch.randn(5, 2, 3)
+    output = layer(x)[0]  # old weight_norm computes its weight in a hook of the call
+    reference = nn.LSTM(**OPTIONS)  # type: ignore[arg-type]
+    effective = {n: getattr(layer, n).detach() for n in reference.state_dict()}
+    reference.load_state_dict(effective)
+    torch.testing.assert_close(output, reference(x)[0], rtol=0, atol=1e-6)
+    output.sum().backward()
+    assert all(p.grad is not None for n, p in layer.named_parameters() if name in n and "weight" in n)
+    assert any(p.grad.any() for n, p in layer.named_parameters() if name in n and p.grad is not None)
+
+
+class _Packing(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed: PackedSequence = self.layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0]
+        return pad_packed_sequence(packed)[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}], ids=str
+)
+def test_a_trace_serves_other_lengths_and_batches_as_nn_lstms_does(options: dict[str, Any]) -> None:
+    layer = ManualLSTM(3, 4, **options)
+    example, x = torch.randn(5, 2, 3), torch.randn(9, 3, 3)
+    traced = torch.jit.trace(layer, example)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), layer(x))
+    h_n, c_n = layer(example)[1]
+    traced = torch.jit.trace(layer, (example, (h_n, c_n)))  # type: ignore[no-untyped-call]
+    hx = layer(x)[1]
+    torch.testing.assert_close(traced(x, hx), layer(x, hx))
+    packing = _Packing(layer)
+    traced = torch.jit.trace(packing, (example, torch.tensor([3, 5])))  # type: ignore[no-untyped-call]
+    lengths = torch.tensor([4, 9, 1])
+    torch.testing.assert_close(traced(x, lengths), packing(x, lengths))
+
+
+def test_eight_threads_call_one_layer() -> None:
+    layer = ManualLSTM(8, 16, 2, bidirectional=True)
+    inputs = [torch.randn(T, 4, 8) for T in range(1, 33)]
+    expected = [layer(x)[0] for x in inputs]
+
+    def call(x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(len(x) % 2 == 0):
+            output: Tensor = layer(x)[0]
+        return output
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            for ours, theirs in zip(pool.map(call, inputs), expected):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

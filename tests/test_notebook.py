@@ -1,0 +1,44 @@
+"""The notebook this grew from: its function, its numbers, and its comparison."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manual_lstm import lstm_forward
+
+
+@pytest.mark.parametrize(
+    "sizes", [(100, 1, 6, 32), (3, 50, 7, 11), (2, 0, 3, 4), (1, 4, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_lstm_forward_is_nn_lstm(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    B, T, I, H = sizes
+    layer = nn.LSTM(I, H, batch_first=True, dtype=dtype)
+    x, h_0, c_0 = (torch.randn(*s, dtype=dtype) for s in ((B, T, I), (B, H), (B, H)))
+    leaves = [x.requires_grad_(), h_0.requires_grad_(), c_0.requires_grad_(), *layer.parameters()]
+    output, (h_n, c_n) = lstm_forward(x, (h_0, c_0), *layer.parameters())
+    assert output.is_contiguous()
+    assert (output.shape, h_n.shape, c_n.shape) == ((B, T, H), (1, B, H), (1, B, H))
+    if T == 0:
+        assert torch.equal(h_n[0], h_0)
+        return
+    expected = layer(x, (h_0.unsqueeze(0), c_0.unsqueeze(0)))
+    tolerance = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close((output, (h_n, c_n)), expected, rtol=0, atol=tolerance)
+
+    def gradients(output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output.abs().square().mean(), leaves)
+
+    torch.testing.assert_close(gradients(output), gradients(expected[0]), rtol=0, atol=tolerance)
+
+
+def test_lstm_forward_without_biases_keeps_dtype_and_device() -> None:
+    layer = nn.LSTM(3, 4, batch_first=True, bias=False, dtype=torch.float64)
+    x, zeros = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    output, _ = lstm_forward(x, (zeros, zeros), *layer.parameters())
+    torch.testing.assert_close(output, layer(x)[0], rtol=0, atol=1e-14)
+    meta = [tensor.to("meta") for tensor in (x, zeros, *layer.parameters())]
+    output, (h_n, _) = lstm_forward(meta[0], (meta[1], meta[1]), *meta[2:])
+    assert output.device == h_n.device == torch.device("meta")
+    assert output.dtype == torch.float64
