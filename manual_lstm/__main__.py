@@ -22,13 +22,18 @@ def check(path: str) -> bool:
             within = wide_gap <= _TOLERANCE
             good = good and within
             print(
-                f"{lstm.name or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
+                f"{_line(lstm.name) or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
                 f"in float64 {wide_gap:.1e}{'' if within else '  DIFFERS'}"
             )
     except CheckpointError as error:
-        print(f"{path}: {error}", file=sys.stderr)
+        print(f"{_line(path)}: {_line(str(error))}", file=sys.stderr)
         return False
     return good
+
+
+def _line(text: str) -> str:
+    """Show text from a file on one line, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def main(argv: list[str] | None = None) -> int:

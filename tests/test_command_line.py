@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
-from manual_lstm.checkpoint import CheckpointError, find, load
+from manual_lstm.cell import lstm_cell
+from manual_lstm.checkpoint import find, load
 from manual_lstm.parity import ROWS, compare, twins
 
 Capture = pytest.CaptureFixture[str]
@@ -36,8 +38,8 @@ def test_the_comparison_prints_every_row_and_succeeds() -> None:
 def test_the_comparison_fails_where_the_layers_differ(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def wrong(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: None) -> Any:
-        return h, c
+    def wrong(x_t: Tensor, *rest: Any) -> Any:
+        return lstm_cell(-x_t, *rest)
 
     monkeypatch.setattr("manual_lstm.loop.lstm_cell", wrong)
     assert main([]) == 1
@@ -49,7 +51,7 @@ def test_compare_sees_a_difference_in_one_element() -> None:
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     assert max(compare(reference, layer, x).values()) < 1e-14
     with torch.no_grad():
-        layer.bias_hh_l0[7] += 1e-6  # type: ignore[operator]
+        layer.all_weights[0][3][7] += 1e-6
     assert min(compare(reference, layer, x).values()) > 1e-9
 
 
@@ -100,7 +102,7 @@ def test_check_several_in_a_training_checkpoint(legacy: bool, tmp_path: Path, ca
     )
     model["cell"] = nn.LSTMCell(3, 4)
     optimizer = torch.optim.Adam(model.parameters())
-    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    torch.cat([p.flatten() for p in model.parameters()]).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     file = tmp_path / "last.ckpt"
     checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr": 0.1}
@@ -137,7 +139,7 @@ def _scripted() -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(nn.LSTM(3, 4)), file)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(nn.LSTM(3, 4)), file)
     return file.getvalue()
 
 
@@ -200,13 +202,8 @@ def test_check_tells_in_one_line_what_is_wrong(
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("model.pt: ")
-    with pytest.raises(CheckpointError, match=f"(?s){shown}"):
-        find(load("model.pt")) or pytest.fail("no LSTM" if shown != "no LSTM" else _no_lstm())
+    assert re.search(shown, err)
     assert not Path("unpickled").exists()
-
-
-def _no_lstm() -> str:
-    raise CheckpointError("no LSTM")
 
 
 def test_check_goes_on_after_a_bad_file(tmp_path: Path, capsys: Capture) -> None:
@@ -256,7 +253,7 @@ def test_safetensors_missing_says_what_to_install(
 def test_weights_that_are_not_finite_still_compare(tmp_path: Path, capsys: Capture) -> None:
     layer = nn.LSTM(3, 4)
     with torch.no_grad():
-        layer.bias_ih_l0[0] = float("nan")
+        layer.all_weights[0][2][0] = float("nan")
     torch.save(layer.state_dict(), tmp_path / "nan.pt")
     assert main(["check", str(tmp_path / "nan.pt")]) == 0
     assert "ManualLSTM(3, 4)" in capsys.readouterr().out

@@ -122,7 +122,10 @@ BAD_INPUTS: dict[str, tuple[Callable[[LSTM], Any], str]] = {
         "int64, but got .* torch.int32",
     ),
     "packed, float sizes": (lambda m: m(PackedSequence(x(3, 3), torch.tensor([2.0, 1.0]))), "float32"),
-    "packed, on meta": (lambda m: m(PACKED.to("meta")), "cpu, but got input of meta"),
+    "packed, on meta": (
+        lambda m: m(PackedSequence(x(8, 3, device="meta"), PACKED.batch_sizes)),
+        "cpu, but got input of meta",
+    ),
     "hx a tensor": (lambda m: m(x(5, 2, 3), x(2, 1, 2, 4)), "one tensor"),
     "hx only h_0": (lambda m: m(x(5, 2, 3), H1), "one tensor"),
     "hx of one": (lambda m: m(x(5, 2, 3), (H1,)), "1 elements"),

@@ -191,7 +191,7 @@ CHANGES: dict[str, Callable[..., Any]] = {
     "old weight_norm": _old_weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
-    "pruning": lambda layer, name: prune.random_unstructured(layer, name, amount=0.5),
+    "pruning": lambda layer, name: prune.RandomUnstructured.apply(layer, name, amount=0.5),  # type: ignore[no-untyped-call]
 }
 
 
@@ -204,7 +204,7 @@ def test_a_changed_weight_takes_effect_and_gets_gradients(change: str, name: str
     layer.eval()  # so that spectral_norm stands still
     x = torch.randn(5, 2, 3)
     output = layer(x)[0]  # old weight_norm computes its weight in a hook of the call
-    reference = nn.LSTM(**OPTIONS)  # type: ignore[arg-type]
+    reference = nn.LSTM(**OPTIONS)
     effective = {n: getattr(layer, n).detach() for n in reference.state_dict()}
     reference.load_state_dict(effective)
     torch.testing.assert_close(output, reference(x)[0], rtol=0, atol=1e-6)

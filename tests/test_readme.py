@@ -1,0 +1,61 @@
+"""Every example of the README and of the docstrings, run."""
+
+import doctest
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import manual_lstm.functional
+import manual_lstm.module
+from manual_lstm.__main__ import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_blocks_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_check_prints_what_the_readme_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # RESEMBLYZER_CHECKPOINT is the wheel's pretrained.pt; without it, a file of the same make.
+    shown = re.search(r"check resemblyzer/pretrained.pt\n(.*)\n", README)
+    assert shown
+    file = os.environ.get("RESEMBLYZER_CHECKPOINT")
+    if file is None:
+        file = str(tmp_path / "pretrained.pt")
+        weights = nn.LSTM(40, 256, num_layers=3).state_dict()
+        torch.save({"model_state": {f"lstm.{k}": v for k, v in weights.items()}, "step": 1}, file)
+    assert main(["check", file]) == 0
+    printed = capsys.readouterr().out
+
+    def without_figures(line: str) -> str:
+        return re.sub(r"\d\.\de-\d\d", "#", line.strip())
+
+    assert without_figures(printed) == without_figures(shown[1])
+
+
+@pytest.mark.parametrize(
+    "module", [manual_lstm.module, manual_lstm.functional], ids=lambda m: m.__name__
+)
+def test_the_docstrings_examples(module: ModuleType) -> None:
+    results = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn})
+    assert results.attempted > 2
+    assert results.failed == 0
+
+
+def test_the_map_names_every_file() -> None:
+    package = Path(manual_lstm.module.__file__).parent
+    named = set(re.findall(r"`manual_lstm/(\w+\.py)`", README))
+    assert named == {path.name for path in package.glob("*.py")} - {"__init__.py"}
