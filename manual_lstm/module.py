@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.loop import DirectionWeights, lstm_stack
-from manual_lstm.precision import answer_dtype, autocast, autocast_dtype, compute_dtype
+from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
 
 
 class ManualLSTM(nn.Module):
@@ -245,8 +245,9 @@ class ManualLSTM(nn.Module):
         first = tensors[self._weight_names[0][0]]
         _check_alike(tensors, first)
 
-        plain = batch_sizes is None and not self.proj_size
-        answer = answer_dtype(x, c_0, first, cast_to, plain)
+        h_dtype, c_dtype = answer_dtypes(
+            x, c_0, first, cast_to, batch_sizes is not None, self.proj_size > 0
+        )
         compute = compute_dtype(first.dtype)
         if compute != first.dtype:
             tensors = {name: tensor.to(compute) for name, tensor in tensors.items()}
@@ -258,7 +259,7 @@ class ManualLSTM(nn.Module):
         x, h_0, c_0 = tensors["input"], tensors["h_0"], tensors["c_0"]
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
             output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, layers, dropout)
-        return output.to(answer), h_n.to(answer), c_n.to(answer)
+        return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
 
     def _direction(self, names: list[str], tensors: dict[str, Tensor]) -> DirectionWeights:
         weights = [tensors[name] for name in names]

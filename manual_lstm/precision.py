@@ -28,23 +28,25 @@ def autocast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype)
 
 
-def answer_dtype(
-    x: Tensor, c_0: Tensor, weight: Tensor, cast_to: torch.dtype | None, plain: bool
-) -> torch.dtype:
-    """Return the dtype of output, h_n and c_n, which under autocast is nn.LSTM's.
+def answer_dtypes(
+    x: Tensor, c_0: Tensor, weight: Tensor, cast_to: torch.dtype | None, packed: bool, projected: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes of output and h_n, and of c_n, which under autocast are nn.LSTM's.
 
     Its fused kernels answer in the autocast dtype. On CPU it leaves them for packed, projected,
-    empty and float16 input, and its own loop there keeps the states in the dtype they came in.
+    empty and float16 input. Its own loop there keeps the states in the dtype they came in, but for
+    a projected h, which is a product's result and so of the autocast dtype.
 
     Args:
         x: the input, as given.
         c_0: the initial cell state, as given.
         weight: any of the weights, as autocast casts it.
         cast_to: the dtype of autocast, or ``None``.
-        plain: the input is dense and there is no projection.
+        packed: whether the input is packed.
+        projected: whether there is a projection.
     """
-    if cast_to is None or x.device.type != "cpu":
-        return weight.dtype
-    if plain and x.numel() > 0 and x.dtype != torch.float16:
-        return weight.dtype
-    return torch.promote_types(weight.dtype, c_0.dtype)
+    looped = packed or projected or x.numel() == 0 or x.dtype == torch.float16
+    if cast_to is None or x.device.type != "cpu" or not looped:
+        return weight.dtype, weight.dtype
+    state = torch.promote_types(weight.dtype, c_0.dtype)
+    return weight.dtype if projected else state, state
