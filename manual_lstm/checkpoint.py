@@ -165,6 +165,8 @@ def _infer(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torc
             )
     dtype = weights["weight_ih_l0"].dtype
     for key, tensor in weights.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{where}: {key} is a meta tensor: it was saved without its values")
         if tensor.dtype != dtype or dtype not in _FLOATING or tensor.layout != torch.strided:
             expected = "dense, floating-point or complex" if key == "weight_ih_l0" else f"dense {dtype}"
             raise CheckpointError(
@@ -207,8 +209,16 @@ def trial(found: FoundLSTM) -> tuple[float, float]:
         float64 (complex128).
 
     Raises:
-        CheckpointError: the weights did not come through unchanged.
+        CheckpointError: the weights did not come through unchanged, or a layer could not be run.
     """
+    try:
+        return _trial(found)
+    except (RuntimeError, MemoryError) as error:  # too large for this machine, for one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"LSTM '{found.name}' could not be run: {reason}") from None
+
+
+def _trial(found: FoundLSTM) -> tuple[float, float]:
     torch.manual_seed(0)
     dtype = found.options["dtype"]
     assert isinstance(dtype, torch.dtype)

@@ -180,6 +180,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         r"weight_ih_l0 should be|weight_hh_l0",
     ),
     "flat": (_saved(_changed("weight_hh_l0", torch.zeros(64))), "should be 2-D"),
+    "no values": (_saved(nn.LSTM(3, 4, device="meta").state_dict()), "meta tensor"),
+    "sparse": (_saved(_changed("weight_ih_l0", torch.eye(16, 3).to_sparse())), "sparse"),
+    "float8": (_saved(_changed("weight_ih_l0", torch.zeros(16, 3).to(torch.float8_e4m3fn))), "float8"),
+    "no rows": (
+        _saved({"weight_ih_l0": torch.zeros(0, 3), "weight_hh_l0": torch.zeros(0, 2)}),
+        "hidden_size",
+    ),
     "integers": (_saved(_changed("weight_ih_l0", torch.zeros(16, 3).long())), "torch.int64"),
     "two dtypes": (
         _saved(_changed("weight_hr_l1", torch.zeros(2, 4).half())),
