@@ -92,6 +92,9 @@ def test_same_form_of_the_output(case: Case) -> None:
     for ours, theirs in pairs:
         assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
         assert ours.is_contiguous() or not theirs.is_contiguous()
+        if theirs.numel():
+            strides = zip(theirs.shape, ours.stride(), theirs.stride())
+            assert all(a == b for size, a, b in strides if size > 1)
         assert ours.requires_grad == theirs.requires_grad
     if isinstance(expected, PackedSequence):
         for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
