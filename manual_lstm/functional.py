@@ -59,5 +59,5 @@ def lstm_forward(
     bias = b_ih + b_hh if b_ih is not None and b_hh is not None else (b_hh if b_ih is None else b_ih)
     x_proj = F.linear(input.transpose(0, 1), w_ih, bias)  # [T, B, 4H]
     output, h_n, c_n = lstm_direction(x_proj, None, h_0, c_0, w_hh, None, False)
-    # Contiguous like the notebook's, whose readers call .view on it; copies, should T be 0.
-    return output.transpose(0, 1).contiguous(), (h_n.unsqueeze(0).clone(), c_n.unsqueeze(0).clone())
+    # Contiguous like the notebook's, whose readers call .view on it.
+    return output.transpose(0, 1).contiguous(), (h_n.unsqueeze(0), c_n.unsqueeze(0))

@@ -78,7 +78,8 @@ def lstm_direction(
     if reverse:
         outputs.reverse()
     if len(outputs) == 0:
-        return x.narrow(-1, 0, h.size(-1)), h, c  # no steps: nothing of x, but its place in the graph
+        # No steps: nothing of x, but its place in the graph; and the states as they came, copied.
+        return x.narrow(-1, 0, h.size(-1)), h.clone(), c.clone()
     return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h, c
 
 
@@ -122,4 +123,6 @@ def lstm_stack(
             h_last.append(h)
             c_last.append(c)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if len(h_last) == 1:  # for one step of one layer, two copies are time worth saving
+        return x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0)
     return x, torch.stack(h_last), torch.stack(c_last)

@@ -209,7 +209,9 @@ class ManualLSTM(nn.Module):
         if hx is None:
             self.check_input(x, batch_sizes)
             h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
-            c_0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
+            c_0 = h_0  # never written to
+            if self.proj_size:
+                c_0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
         else:
             packed, indexed = batch_sizes is not None, batch_sizes is None or sorted_indices is not None
             h_0, c_0 = _as_pair(hx, 3 if batched else 2, packed, indexed)
@@ -259,6 +261,8 @@ class ManualLSTM(nn.Module):
         x, h_0, c_0 = tensors["input"], tensors["h_0"], tensors["c_0"]
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
             output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, layers, dropout)
+        if output.dtype == h_dtype == c_dtype:
+            return output, h_n, c_n
         return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
 
     def _direction(self, names: list[str], tensors: dict[str, Tensor]) -> DirectionWeights:
