@@ -193,6 +193,8 @@ class ManualLSTM(nn.Module):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
+        # Each weight is read once: a parametrized one is computed anew at every reading.
+        weights: dict[str, Tensor] = {n: getattr(self, n) for ns in self._weight_names for n in ns}
         batch_dim = 0 if self.batch_first else 1
         batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -206,6 +208,7 @@ class ManualLSTM(nn.Module):
             if not batched:
                 x = x.unsqueeze(batch_dim)
 
+        _check_input_dtype(x, weights[self._weight_names[0][0]], packed=batch_sizes is not None)
         if hx is None:
             self.check_input(x, batch_sizes)
             h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
@@ -222,7 +225,7 @@ class ManualLSTM(nn.Module):
 
         if batch_sizes is None and self.batch_first:
             x = x.transpose(0, 1)
-        output, h_n, c_n = self._run(x, batch_sizes, h_0, c_0)
+        output, h_n, c_n = self._run(x, batch_sizes, h_0, c_0, weights)
         if batch_sizes is None and self.batch_first:
             output = output.transpose(0, 1)
 
@@ -234,13 +237,15 @@ class ManualLSTM(nn.Module):
         return output, (h_n, c_n)
 
     def _run(
-        self, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor, c_0: Tensor
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor,
+        c_0: Tensor,
+        weights: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From steps to steps: settle the dtypes, then run the stack."""
-        tensors: dict[str, Tensor] = {"input": x, "h_0": h_0, "c_0": c_0}
-        for names in self._weight_names:
-            for name in names:  # read once: a parametrized weight is computed anew at every reading
-                tensors[name] = getattr(self, name)
+        tensors = {"input": x, "h_0": h_0, "c_0": c_0, **weights}
         cast_to = autocast_dtype(x.device)
         if cast_to is not None:
             tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
@@ -274,14 +279,7 @@ class ManualLSTM(nn.Module):
     # nn.LSTM's own checks, by its names: subclasses call and override them.
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raise unless the input has the rank, features and dtype that the layer takes."""
-        weight = getattr(self, self._weight_names[0][0])
-        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
-            error = ValueError if batch_sizes is None else RuntimeError  # as nn.LSTM
-            raise error(
-                f"input should have the dtype of the weights, {weight.dtype}, but got {input.dtype}. "
-                f"Convert the input: input.to({weight.dtype}), or the model: model.to({input.dtype})"
-            )
+        """Raise unless the input has the rank and the features that the layer takes."""
         rank = 3 if batch_sizes is None else 2
         if input.dim() != rank:
             raise RuntimeError(
@@ -413,6 +411,15 @@ def _as_tensor(input: Any) -> Tensor:
             f"input should be 2-D (unbatched) or 3-D, but got {input.dim()}-D: {list(input.shape)}"
         )
     return input
+
+
+def _check_input_dtype(input: Tensor, weight: Tensor, packed: bool) -> None:
+    if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
+        error = RuntimeError if packed else ValueError  # as nn.LSTM
+        raise error(
+            f"input should have the dtype of the weights, {weight.dtype}, but got {input.dtype}. "
+            f"Convert the input: input.to({weight.dtype}), or the model: model.to({input.dtype})"
+        )
 
 
 def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,22 @@ def test_a_changed_weight_takes_effect_and_gets_gradients(change: str, name: str
     assert any(p.grad.any() for n, p in layer.named_parameters() if name in n and p.grad is not None)
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_parametrized_weight_is_computed_once_a_call(name: str) -> None:
+    calls = list[str]()
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(name)
+            return weight
+
+    layer = ManualLSTM(**OPTIONS)  # type: ignore[arg-type]
+    parametrize.register_parametrization(layer, name, Counted())
+    calls.clear()
+    layer(torch.randn(5, 2, 3))
+    assert calls == [name]
+
+
 class _Packing(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
