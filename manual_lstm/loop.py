@@ -63,14 +63,19 @@ def lstm_direction(
     outputs: list[Tensor] = []
     B = h.size(0)
     T = len(steps)
+    w_hh = weight_hh
     for k in range(T):
+        if k % 32 == 0:
+            # Autograd adds up the gradient of each alias by itself, and the aliases' then: over
+            # many steps two short sums round off less than one long one.
+            w_hh = weight_hh.view_as(weight_hh)
         x_t = steps[T - 1 - k if reverse else k]
         b = x_t.size(0)
         if b == B:
-            h, c = lstm_cell(x_t, h, c, weight_hh, weight_hr)
+            h, c = lstm_cell(x_t, h, c, w_hh, weight_hr)
             outputs.append(h)
         else:
-            h_t, c_t = lstm_cell(x_t, h.narrow(0, 0, b), c.narrow(0, 0, b), weight_hh, weight_hr)
+            h_t, c_t = lstm_cell(x_t, h.narrow(0, 0, b), c.narrow(0, 0, b), w_hh, weight_hr)
             outputs.append(h_t)
             h = torch.cat([h_t, h.narrow(0, b, B - b)])
             c = torch.cat([c_t, c.narrow(0, b, B - b)])

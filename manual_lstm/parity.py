@@ -60,6 +60,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
     Infinite where the two cannot be compared; equal infinities and NaNs do not differ.
     """
+    a, b = a.detach(), b.detach()
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if a.numel() == 0:

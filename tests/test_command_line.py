@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
 from manual_lstm.cell import lstm_cell
-from manual_lstm.checkpoint import find, load
+from manual_lstm.checkpoint import FoundLSTM, find, load
 from manual_lstm.parity import ROWS, compare, twins
 
 Capture = pytest.CaptureFixture[str]
@@ -91,6 +91,7 @@ def test_check_finds_the_lstm(
     assert out.count("\n") == 1
     assert err == ""
     (found,) = find(load(file))
+    assert isinstance(found, FoundLSTM)
     rebuilt = ManualLSTM(**found.options)  # type: ignore[arg-type]
     rebuilt.load_state_dict(found.weights)
 
@@ -213,6 +214,27 @@ def test_check_tells_in_one_line_what_is_wrong(
     assert not Path("unpickled").exists()
 
 
+def test_check_tells_the_good_lstms_from_the_bad(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "mixed.pt"
+    whole, large = nn.LSTM(3, 4).state_dict(), nn.LSTM(20, 30, 3, bidirectional=True).state_dict()
+    large = {name: 5 * torch.randn_like(weight) for name, weight in large.items()}  # chaotic
+    torch.save(
+        {
+            "a": whole,
+            "b": _without("bias_hh_l0"),
+            "c": large,
+            "d": dict(nn.LSTM(3, 4).named_parameters()),
+        },
+        file,
+    )
+    assert main(["check", str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == ["a", "c", "d"]
+    assert "DIFFERS" not in out
+    assert err.count("\n") == 1
+    assert "LSTM 'b': missing bias_hh_l0" in err
+
+
 def test_check_goes_on_after_a_bad_file(tmp_path: Path, capsys: Capture) -> None:
     good = tmp_path / "good.pt"
     good.write_bytes(WHOLE)
@@ -263,4 +285,4 @@ def test_weights_that_are_not_finite_still_compare(tmp_path: Path, capsys: Captu
         layer.all_weights[0][2][0] = float("nan")
     torch.save(layer.state_dict(), tmp_path / "nan.pt")
     assert main(["check", str(tmp_path / "nan.pt")]) == 0
-    assert "ManualLSTM(3, 4)" in capsys.readouterr().out
+    assert "not all weights are finite" in capsys.readouterr().out
