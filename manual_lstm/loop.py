@@ -88,6 +88,18 @@ def lstm_direction(
     return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h, c
 
 
+def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """The input's part of the gates for all steps, one product: ``[..., I]`` to ``[..., 4H]``."""
+    narrow = 16 - weight_ih.size(1)
+    if narrow > 0 and x.dtype == torch.float32 and torch.is_grad_enabled():
+        rows = x.numel() // weight_ih.size(1)
+        if rows > 512:
+            # The gradient of weight_ih is a sum over all rows, which MKL adds up row by row where
+            # it is narrower than 16 columns: columns of zeros make it use its better way.
+            x, weight_ih = F.pad(x, (0, narrow)), F.pad(weight_ih, (0, narrow))
+    return F.linear(x, weight_ih, bias)
+
+
 def lstm_stack(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -120,7 +132,7 @@ def lstm_stack(
         for direction, w in enumerate(directions):
             k = len(h_last)  # layer * D + direction
             bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh
-            x_proj = F.linear(x, w.weight_ih, bias)  # [T, B, 4H] or [N, 4H]
+            x_proj = project(x, w.weight_ih, bias)  # [T, B, 4H] or [N, 4H]
             output, h, c = lstm_direction(
                 x_proj, batch_sizes, h_first[k], c_first[k], w.weight_hh, w.weight_hr, direction == 1
             )

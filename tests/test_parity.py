@@ -58,7 +58,8 @@ def test_no_drawn_case_is_far_less_exact_than_nn_lstm(case: Case) -> None:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("form", ["dense", "packed"])
 @pytest.mark.parametrize(
-    ("sizes", "runs"), [((7, 3, 4, 5), 20), ((34, 1, 1, 14), 20), ((60, 40, 70, 70), 3)]
+    ("sizes", "runs"),
+    [((7, 3, 4, 5), 20), ((34, 1, 1, 14), 20), ((60, 40, 70, 70), 3), ((800, 8, 8, 16), 2)],
 )
 @pytest.mark.parametrize("deep", [False, True])
 def test_as_exact_as_nn_lstm_on_average(
