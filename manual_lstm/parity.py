@@ -179,8 +179,7 @@ def show() -> bool:
     """Print what the notebook showed, and the table; return whether all is within tolerance."""
     torch.manual_seed(0)
     B, T, I, H = 100, 1, 6, 32
-    reference, layer = nn.LSTM(I, H, batch_first=True), ManualLSTM(I, H, batch_first=True)
-    layer.load_state_dict(reference.state_dict())
+    reference, layer = twins(I, H, batch_first=True)
     input, h_0, c_0 = torch.randn(B, T, I), torch.randn(B, H), torch.randn(B, H)
 
     print(f"The notebook's layer: nn.LSTM({I}, {H}, batch_first=True), batch {B}, {T} step\n")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.parity import twins
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -37,9 +38,7 @@ class Case:
     def layers(self) -> tuple[nn.LSTM, ManualLSTM]:
         """nn.LSTM and ManualLSTM with the same weights."""
         torch.manual_seed(self.seed)
-        reference = nn.LSTM(**self.options, dtype=self.dtype, device=self.device)
-        layer = ManualLSTM(**self.options, dtype=self.dtype, device=self.device)
-        layer.load_state_dict(reference.state_dict())
+        reference, layer = twins(**self.options, dtype=self.dtype, device=self.device)
         return reference.train(self.training), layer.train(self.training)
 
     def randn(self, *shape: int) -> Tensor:
