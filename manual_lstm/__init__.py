@@ -2,6 +2,14 @@
 
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
+from manual_lstm.swap import SwapCandidate, find_lstm, replace_lstm, restore_lstm
 
-__all__ = ["ManualLSTM", "lstm_forward"]
+__all__ = [
+    "ManualLSTM",
+    "lstm_forward",
+    "replace_lstm",
+    "restore_lstm",
+    "find_lstm",
+    "SwapCandidate",
+]
 __version__ = "0.1.0"

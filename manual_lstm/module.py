@@ -10,15 +10,18 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
+from manual_lstm.carry import manual_state, official_state, settle, why_not
 from manual_lstm.loop import DirectionWeights, lstm_stack
 from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
+
+_Layer = TypeVar("_Layer", bound="ManualLSTM")
 
 
 class ManualLSTM(nn.Module):
@@ -135,6 +138,48 @@ class ManualLSTM(nn.Module):
                     weight = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(names[kind], Parameter(weight))
         self.reset_parameters()
+
+    @classmethod
+    def from_lstm(cls: type[_Layer], lstm: nn.LSTM) -> _Layer:
+        """Make a layer that shares everything with ``lstm``.
+
+        The Parameters are the same objects, with their gradients, and so are buffers, hooks, extra
+        attributes and submodules. ``lstm`` stays as it is; what is registered on one of the two
+        later, the other does not have. To change the layers of a model, see
+        :func:`manual_lstm.replace_lstm`.
+
+        Args:
+            lstm (nn.LSTM): the layer to take over. In a subclass of ManualLSTM, ``__init__`` is
+                not run.
+
+        Raises:
+            TypeError: ``lstm`` is no nn.LSTM, or a subclass, parametrized, compiled or quantized.
+
+        Example:
+            >>> lstm = nn.LSTM(10, 20)
+            >>> layer = ManualLSTM.from_lstm(lstm)
+            >>> layer.weight_ih_l0 is lstm.weight_ih_l0
+            True
+        """
+        reason = why_not(lstm, nn.LSTM)
+        if reason:
+            raise TypeError(f"lstm should be an nn.LSTM and nothing more, but {reason}")
+        layer = cls.__new__(cls)
+        settle(layer, manual_state(lstm), lstm)
+        return layer
+
+    def to_lstm(self) -> nn.LSTM:
+        """Make an nn.LSTM that shares everything with this layer: the way back from :meth:`from_lstm`.
+
+        Raises:
+            TypeError: the layer is of a subclass, or parametrized.
+        """
+        reason = why_not(self, ManualLSTM)
+        if reason:
+            raise TypeError(f"only a ManualLSTM and nothing more becomes an nn.LSTM, but {reason}")
+        lstm = nn.LSTM.__new__(nn.LSTM)
+        settle(lstm, official_state(self), self)
+        return lstm
 
     def _weight_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The kinds and shapes of one direction's weights, in the order of nn.LSTM."""
