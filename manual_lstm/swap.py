@@ -230,9 +230,10 @@ def _targets(target_modules: Iterable[str] | str, paths: list[str]) -> set[str]:
                 f"but got {target_modules!r}: {error}"
             ) from None
         chosen = {path for path in paths if pattern.fullmatch(path)}
-        missing = [] if chosen else [f"{target_modules!r}, a regular expression for the whole path,"]
+        missing = [] if chosen else [f"{target_modules!r} (a regular expression for the whole path)"]
     else:
-        names = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+        listed = isinstance(target_modules, Iterable) and not isinstance(target_modules, bytes)
+        names = list(target_modules) if listed else [target_modules]
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(

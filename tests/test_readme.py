@@ -13,6 +13,7 @@ from torch import nn
 
 import manual_lstm.functional
 import manual_lstm.module
+import manual_lstm.swap
 from manual_lstm.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def test_the_python_blocks_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -47,7 +48,9 @@ def test_the_check_prints_what_the_readme_shows(
 
 
 @pytest.mark.parametrize(
-    "module", [manual_lstm.module, manual_lstm.functional], ids=lambda m: m.__name__
+    "module",
+    [manual_lstm.module, manual_lstm.functional, manual_lstm.swap],
+    ids=lambda m: m.__name__,
 )
 def test_the_docstrings_examples(module: ModuleType) -> None:
     results = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn})
