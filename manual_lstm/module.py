@@ -153,7 +153,8 @@ class ManualLSTM(nn.Module):
                 not run.
 
         Raises:
-            TypeError: ``lstm`` is no nn.LSTM, or a subclass, parametrized, compiled or quantized.
+            TypeError: ``lstm`` is something else, or more: of a subclass, parametrized, quantized,
+                or with a ``forward`` of its own.
 
         Example:
             >>> lstm = nn.LSTM(10, 20)
@@ -172,7 +173,7 @@ class ManualLSTM(nn.Module):
         """Make an nn.LSTM that shares everything with this layer: the way back from :meth:`from_lstm`.
 
         Raises:
-            TypeError: the layer is of a subclass, or parametrized.
+            TypeError: the layer is of a subclass, parametrized, or with a ``forward`` of its own.
         """
         reason = why_not(self, ManualLSTM)
         if reason:

@@ -13,6 +13,7 @@ from manual_lstm.module import ManualLSTM
 
 M = TypeVar("M", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
+Names = Iterable[str] | str
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class SwapCandidate:
 
 
 def replace_lstm(
-    model: M, *, filter_fn: Filter | None = None, target_modules: Iterable[str] | str | None = None
+    model: M, *, filter_fn: Filter | None = None, target_modules: Names | None = None
 ) -> M:
     """Make every nn.LSTM in ``model`` a :class:`ManualLSTM`, in place.
 
     As with parametrize and FSDP2, each layer stays the same object and changes its class. So its
     Parameters stay the same objects too, with their gradients, names, order and ties; optimizers, hooks
     and their handles, extra attributes, and whatever else refers to the layer or to what is in it
-    go on working. No random number is drawn. For a layer beside the old one, see
-    :meth:`ManualLSTM.from_lstm`.
+    go on working; only ``isinstance(layer, nn.LSTM)`` is no longer true. No random number is drawn.
+    For a layer beside the old one, see :meth:`ManualLSTM.from_lstm`.
 
     Exactly nn.LSTM is replaced. A subclass, a layer with parametrizations, with a ``forward``
     replaced on the object, a TorchScript or a quantized one is left as it is, with a warning that
@@ -82,24 +83,13 @@ def replace_lstm(
 
 
 def restore_lstm(
-    model: M, *, filter_fn: Filter | None = None, target_modules: Iterable[str] | str | None = None
+    model: M, *, filter_fn: Filter | None = None, target_modules: Names | None = None
 ) -> M:
     """Make every :class:`ManualLSTM` in ``model`` an nn.LSTM, in place: the way back.
 
-    Everything said of :func:`replace_lstm` is true of this too. The model then needs nothing of this
-    package any more, unless it had been warned of a layer that was left as it is.
-
-    Args:
-        model (nn.Module): the model, which may be a ManualLSTM itself.
-        filter_fn (callable, optional): as for :func:`replace_lstm`.
-        target_modules (iterable of str or str, optional): as for :func:`replace_lstm`.
-
-    Returns:
-        The model: the same object.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a name in ``target_modules`` that is no LSTM's.
+    What is said of :func:`replace_lstm` is true of this too, and it takes, returns and raises the
+    same. The model then needs nothing of this package any more, unless a warning named a layer
+    that is left as it is.
 
     Example:
         >>> from manual_lstm import replace_lstm, restore_lstm
@@ -115,21 +105,14 @@ def find_lstm(
     model: nn.Module,
     *,
     filter_fn: Filter | None = None,
-    target_modules: Iterable[str] | str | None = None,
+    target_modules: Names | None = None,
 ) -> list[SwapCandidate]:
     """List what :func:`replace_lstm` would replace, and what it would leave. Changes nothing.
 
-    Args:
-        model (nn.Module): the model.
-        filter_fn (callable, optional): as for :func:`replace_lstm`.
-        target_modules (iterable of str or str, optional): as for :func:`replace_lstm`.
+    Takes and raises what that does.
 
     Returns:
         The layers in the order of ``model.modules()``, each once.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a name in ``target_modules`` that is no LSTM's.
 
     Example:
         >>> from manual_lstm import find_lstm
@@ -169,7 +152,7 @@ def _find(
     model: nn.Module,
     cls: type[nn.Module],
     filter_fn: Filter | None,
-    target_modules: Iterable[str] | str | None,
+    target_modules: Names | None,
 ) -> list[SwapCandidate]:
     """Every ``cls`` in the model that was chosen, of whatever make."""
     if not isinstance(model, nn.Module):
@@ -219,7 +202,7 @@ def _paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return enter(model)
 
 
-def _targets(target_modules: Iterable[str] | str, paths: list[str]) -> set[str]:
+def _targets(target_modules: Names, paths: list[str]) -> set[str]:
     """The paths that ``target_modules`` names. Raises ValueError where it names none."""
     if isinstance(target_modules, str):
         try:

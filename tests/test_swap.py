@@ -359,6 +359,32 @@ def test_no_parameter_is_registered_on_the_way() -> None:
     assert not seen
 
 
+def test_a_swap_between_forward_and_backward() -> None:
+    lstm, x = nn.LSTM(3, 4, 2).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    lstm(x)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in lstm.named_parameters() if p.grad is not None}
+    for swap in (replace_lstm, restore_lstm):
+        lstm.zero_grad()
+        loss = lstm(x)[0].square().sum()
+        swap(lstm)
+        loss.backward()
+        grads = {name: p.grad for name, p in lstm.named_parameters() if p.grad is not None}
+        assert_close(grads, expected, 1e-12)
+
+
+def test_a_restored_layer_is_flattened_before_it_takes_the_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA, cuDNN's warning of scattered weights would come otherwise."""
+    flattened = list[list[Any]]()
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda m: flattened.append(m._flat_weights))
+    model = nn.Sequential(ManualLSTM(3, 4, 2), ManualLSTM(3, 4))
+    restore_lstm(model)
+    assert [[id(w) for w in weights] for weights in flattened] == [
+        [id(w) for w in lstm.parameters()] for lstm in model
+    ]
+
+
 # What refers to a layer, from wherever, has the new one.
 
 
