@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# What nn.LSTM keeps beside a Module's own: the names of its weights, and the weights once more.
+# What each class keeps for itself. nn.LSTM: the names of its weights, and the weights once more.
+_MANUAL_ONLY = {"_weight_names"}
 _OFFICIAL_ONLY = {"_all_weights", "_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
 
 
@@ -22,21 +23,29 @@ def manual_state(lstm: nn.LSTM) -> dict[str, Any]:
     return state
 
 
-def official_state(layer: nn.Module) -> dict[str, Any]:
+def official_state(layer: Any) -> dict[str, Any]:
     """The ``__dict__`` that makes an nn.LSTM of a ManualLSTM, with its own containers."""
-    state = dict(vars(layer))
-    names: list[list[str]] = [list(names) for names in state.pop("_weight_names")]
-    flat = [name for direction in names for name in direction]
-    state |= {
-        "_all_weights": names,
-        "_flat_weights_names": flat,
-        "_flat_weights": [getattr(layer, name, None) for name in flat],
-    }
+    state = {key: value for key, value in vars(layer).items() if key not in _MANUAL_ONLY}
+    state["_all_weights"] = [list(names) for names in layer._weight_names]
+    state["_flat_weights_names"] = [name for names in layer._weight_names for name in names]
+    weights = [getattr(layer, name, None) for name in state["_flat_weights_names"]]
+    state["_flat_weights"] = weights
     # This is what torch.load does with a saved layer: nn.LSTM knows what its version needs besides.
     lstm = nn.LSTM.__new__(nn.LSTM)
     lstm.__setstate__(state)  # type: ignore[no-untyped-call]
-    lstm.flatten_parameters()  # one chunk for cuDNN; elsewhere nothing happens
+    if _alone(weights):
+        lstm.flatten_parameters()  # on CUDA, into one chunk for cuDNN
     return vars(lstm)
+
+
+def _alone(weights: list[Any]) -> bool:
+    """Whether nothing else lies in the weights' memory: no chunk of cuDNN's, nor anybody's buffer."""
+    return all(
+        type(weight) is nn.Parameter
+        and weight.device.type in ("cpu", "cuda")  # elsewhere there may be no storage to ask for
+        and weight.untyped_storage().nbytes() == weight.nbytes
+        for weight in weights
+    )
 
 
 def settle(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
@@ -71,14 +80,14 @@ def why_not(layer: nn.Module, cls: type[nn.Module]) -> str | None:
     """Why ``layer`` cannot be swapped as a ``cls``; None if it can."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     if isinstance(layer, torch.jit.ScriptModule):
-        return "it is a TorchScript module, compiled already: swap first, then script or trace"
+        return "it is a TorchScript module, compiled already: swap first, then trace"
     if isinstance(layer, nn.Module) and _is_quantized(layer):
-        return f"it is quantized, {kind}: swap first, then quantize"
+        return f"it is a quantized layer, {kind}"
     if not isinstance(layer, cls):
         return f"it is {kind}" if isinstance(layer, nn.Module) else f"it is {layer!r}, no module"
     if nn.utils.parametrize.is_parametrized(layer):
         names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
-        return f"it has parametrizations, of {names}, which belong to its class: swap before these"
+        return f"it has parametrizations, of {names}: swap first, then register them"
     if type(layer) is not cls:
         name = "nn.LSTM" if cls is nn.LSTM else cls.__name__
         return f"it is a {kind}, a subclass of {name} whose own methods would be lost"

@@ -372,17 +372,23 @@ def test_a_swap_between_forward_and_backward() -> None:
         assert_close(grads, expected, 1e-12)
 
 
-def test_a_restored_layer_is_flattened_before_it_takes_the_place(
+def test_weights_are_flattened_on_the_way_back_where_nothing_else_lies_in_their_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On CUDA, cuDNN's warning of scattered weights would come otherwise."""
+    """nn.LSTM.flatten_parameters acts on CUDA only; that it is called can be seen anywhere."""
     flattened = list[list[Any]]()
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda m: flattened.append(m._flat_weights))
-    model = nn.Sequential(ManualLSTM(3, 4, 2), ManualLSTM(3, 4))
-    restore_lstm(model)
+    buffer = torch.zeros(1000)
+    in_a_buffer, plain, meta = ManualLSTM(3, 4), ManualLSTM(3, 4), ManualLSTM(3, 4, device="meta")
+    for parameter in in_a_buffer.parameters():
+        parameter.data = buffer[: parameter.numel()].view_as(parameter)
+    _untrained(plain)
+    alone = [ManualLSTM(3, 4, 2), ManualLSTM(3, 4).double()]
+    restore_lstm(nn.Sequential(alone[0], in_a_buffer, plain, meta, alone[1]))
     assert [[id(w) for w in weights] for weights in flattened] == [
-        [id(w) for w in lstm.parameters()] for lstm in model
+        [id(w) for w in layer.parameters()] for layer in alone
     ]
+    assert all(p.data_ptr() == buffer.data_ptr() for p in in_a_buffer.parameters())
 
 
 # What refers to a layer, from wherever, has the new one.
@@ -580,7 +586,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: torch.jit.trace(nn.LSTM(3, 4), torch.zeros(5, 2, 3)),  # type: ignore[no-untyped-call]
         "TorchScript",
     ),
-    "quantized": (_dynamic, r"quantized, torch\.ao\.nn\.quantized\.dynamic.*LSTM"),
+    "quantized": (_dynamic, r"quantized layer, torch\.ao\.nn\.quantized\.dynamic.*LSTM"),
     "quantizable": (_quantizable, "quantized"),
     "parametrized": (_parametrized, "parametrizations, of weight_hh_l0"),
     "patched forward": (_patched, "forward was replaced on the object"),
