@@ -1,4 +1,4 @@
-"""The unrolled gate loop: one direction over time, and the stack of layers and directions.
+"""The unrolled gate loop: one direction over time.
 
 Sequences arrive sorted by falling length, so that step ``t`` works on the first ``b`` rows of the
 state, ``b`` being the number of sequences that have a step ``t``. The rows below wait: forwards
@@ -9,23 +9,11 @@ the state itself.
 Everything here is made of differentiable out-of-place operations.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from manual_lstm.cell import lstm_cell
-
-
-class DirectionWeights(NamedTuple):
-    """The weights of one direction of one layer, in the order nn.LSTM keeps them."""
-
-    weight_ih: Tensor  # [4H, I], above the first layer [4H, D * (P or H)]
-    weight_hh: Tensor  # [4H, P or H]
-    bias_ih: Tensor | None  # [4H]
-    bias_hh: Tensor | None  # [4H]
-    weight_hr: Tensor | None  # [P, H]
 
 
 # torch.jit.trace would record as many steps as its example has. Scripted, the loop stays a loop
@@ -100,46 +88,26 @@ def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight_ih, bias)
 
 
-def lstm_stack(
+def plain_direction(
     x: Tensor,
     batch_sizes: Tensor | None,
     h_0: Tensor,
     c_0: Tensor,
-    layers: list[list[DirectionWeights]],
-    dropout: float,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    weight_hr: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run all layers and directions.
+    """Project the input of all steps, then run the gate loop: one direction, from its input.
 
     Args:
         x: the input, ``[T, B, I]``, or packed ``[N, I]``.
-        batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``, int64.
-        h_0: the initial hidden states, ``[L * D, B, P or H]``.
-        c_0: the initial cell states, ``[L * D, B, H]``.
-        layers: the weights, ``layers[layer][direction]``.
-        dropout: the probability with which an element between two layers is zeroed.
+        weight_ih: ``[4H, I]``.
+        bias: the sum of both biases, ``[4H]``, or ``None``.
 
-    Returns:
-        The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
-        shaped like h_0 and c_0.
+        The others are as for :func:`lstm_direction`, and so is what is returned.
     """
-    h_first, c_first = h_0.unbind(0), c_0.unbind(0)  # L * D times [B, P or H] and [B, H]
-    h_last: list[Tensor] = []
-    c_last: list[Tensor] = []
-    for layer, directions in enumerate(layers):
-        if dropout > 0 and layer > 0:
-            x = torch.dropout(x, dropout, train=True)
-        outputs: list[Tensor] = []
-        for direction, w in enumerate(directions):
-            k = len(h_last)  # layer * D + direction
-            bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh
-            x_proj = project(x, w.weight_ih, bias)  # [T, B, 4H] or [N, 4H]
-            output, h, c = lstm_direction(
-                x_proj, batch_sizes, h_first[k], c_first[k], w.weight_hh, w.weight_hr, direction == 1
-            )
-            outputs.append(output)
-            h_last.append(h)
-            c_last.append(c)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    if len(h_last) == 1:  # for one step of one layer, two copies are time worth saving
-        return x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0)
-    return x, torch.stack(h_last), torch.stack(c_last)
+    x_proj = project(x, weight_ih, bias)  # [T, B, 4H] or [N, 4H]
+    output, h_n, c_n = lstm_direction(x_proj, batch_sizes, h_0, c_0, weight_hh, weight_hr, reverse)
+    return output, h_n, c_n

@@ -9,7 +9,7 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -18,8 +18,9 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.carry import manual_state, official_state, settle, why_not
-from manual_lstm.loop import DirectionWeights, lstm_stack
+from manual_lstm.context import is_tracing
 from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
+from manual_lstm.stack import DirectionWeights, lstm_stack
 
 _Layer = TypeVar("_Layer", bound="ManualLSTM")
 
@@ -240,13 +241,13 @@ class ManualLSTM(nn.Module):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
         # Each weight is read once: a parametrized one is computed anew at every reading.
-        weights: dict[str, Tensor] = {n: getattr(self, n) for ns in self._weight_names for n in ns}
+        weights: list[Tensor] = [getattr(self, name) for names in self._weight_names for name in names]
         batch_dim = 0 if self.batch_first else 1
         batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
-            if not _tracing():
+            if not is_tracing() and not torch.compiler.is_compiling():  # the sizes are data there
                 _check_batch_sizes(x, batch_sizes)
         else:
             x = _as_tensor(input)
@@ -254,7 +255,7 @@ class ManualLSTM(nn.Module):
             if not batched:
                 x = x.unsqueeze(batch_dim)
 
-        _check_input_dtype(x, weights[self._weight_names[0][0]], packed=batch_sizes is not None)
+        _check_input_dtype(x, weights[0], packed=batch_sizes is not None)
         if hx is None:
             self.check_input(x, batch_sizes)
             h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
@@ -288,39 +289,58 @@ class ManualLSTM(nn.Module):
         batch_sizes: Tensor | None,
         h_0: Tensor,
         c_0: Tensor,
-        weights: dict[str, Tensor],
+        weights: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From steps to steps: settle the dtypes, then run the stack."""
-        tensors = {"input": x, "h_0": h_0, "c_0": c_0, **weights}
+        tensors = [x, h_0, c_0, *weights]
         cast_to = autocast_dtype(x.device)
         if cast_to is not None:
-            tensors = {name: autocast(tensor, cast_to) for name, tensor in tensors.items()}
-        first = tensors[self._weight_names[0][0]]
-        _check_alike(tensors, first)
+            tensors = [autocast(tensor, cast_to) for tensor in tensors]
+        first = tensors[3]
+        self._check_alike(tensors)
 
         h_dtype, c_dtype = answer_dtypes(
             x, c_0, first, cast_to, batch_sizes is not None, self.proj_size > 0
         )
         compute = compute_dtype(first.dtype)
         if compute != first.dtype:
-            tensors = {name: tensor.to(compute) for name, tensor in tensors.items()}
+            tensors = [tensor.to(compute) for tensor in tensors]
 
-        D = 2 if self.bidirectional else 1
-        directions = [self._direction(names, tensors) for names in self._weight_names]
-        layers = [directions[k : k + D] for k in range(0, len(directions), D)]
+        x, h_0, c_0, *weights = tensors
         dropout = self.dropout if self.training else 0.0
-        x, h_0, c_0 = tensors["input"], tensors["h_0"], tensors["c_0"]
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
-            output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, layers, dropout)
+            output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout)
         if output.dtype == h_dtype == c_dtype:
             return output, h_n, c_n
         return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
 
-    def _direction(self, names: list[str], tensors: dict[str, Tensor]) -> DirectionWeights:
-        weights = [tensors[name] for name in names]
-        bias_ih, bias_hh = weights[2:4] if self.bias else (None, None)
-        weight_hr = weights[-1] if self.proj_size else None
-        return DirectionWeights(weights[0], weights[1], bias_ih, bias_hh, weight_hr)
+    def _layers(self, weights: list[Tensor]) -> list[list[DirectionWeights]]:
+        """The weights by layer and direction."""
+        n = len(self._weight_names[0])
+        absent = [None, None] if not self.bias else []
+        directions = [
+            DirectionWeights(*weights[k : k + 2], *absent, *weights[k + 2 : k + n])
+            for k in range(0, len(weights), n)
+        ]
+        D = 2 if self.bidirectional else 1
+        return [directions[k : k + D] for k in range(0, len(directions), D)]
+
+    def _check_alike(self, tensors: list[Tensor]) -> None:
+        """Check that all, input and states first, are on the first weight's device and of its dtype."""
+        device, dtype = tensors[3].device, tensors[3].dtype
+        for k, tensor in enumerate(tensors):
+            if tensor.device == device and tensor.dtype == dtype:
+                continue
+            name = ["input", "h_0", "c_0", *chain.from_iterable(self._weight_names)][k]
+            for what, given, expected in (
+                ("device", tensor.device, device),
+                ("dtype", tensor.dtype, dtype),
+            ):
+                if given != expected:
+                    raise RuntimeError(
+                        f"input, hx and weights should be of one {what}, that of the first weight, "
+                        f"{expected}, but got {name} of {given}"
+                    )
 
     # nn.LSTM's own checks, by its names: subclasses call and override them.
 
@@ -331,7 +351,7 @@ class ManualLSTM(nn.Module):
             raise RuntimeError(
                 f"input should have {rank} dimensions, but got {input.dim()}: {list(input.shape)}"
             )
-        if not _tracing() and input.size(-1) != self.input_size:
+        if not is_tracing() and input.size(-1) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) should be input_size, {self.input_size}, but got {input.size(-1)}: "
                 f"{list(input.shape)}"
@@ -348,7 +368,7 @@ class ManualLSTM(nn.Module):
         """Return the shape that c_0 should have, ``(L * D, B, H)``."""
         if batch_sizes is None:
             B = input.size(0 if self.batch_first else 1)
-        elif _tracing():
+        elif is_tracing():
             B = cast(int, batch_sizes[0])  # int() would freeze it
         else:
             B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
@@ -369,7 +389,7 @@ class ManualLSTM(nn.Module):
     ) -> None:
         """Raise unless the input and both states have the shapes that the layer takes."""
         self.check_input(input, batch_sizes)
-        if _tracing():
+        if is_tracing():
             return
         hidden_size = self.get_expected_hidden_size(input, batch_sizes)
         cell_size = self.get_expected_cell_size(input, batch_sizes)
@@ -383,11 +403,6 @@ class ManualLSTM(nn.Module):
         if permutation is None:
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
-
-
-def _tracing() -> bool:
-    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _check_arguments(
@@ -515,18 +530,3 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
             f"data should have a row for each of the {sum(sizes)} steps in batch_sizes, {sizes}, "
             f"but got {input.size(0)}"
         )
-
-
-def _check_alike(tensors: dict[str, Tensor], weight: Tensor) -> None:
-    """Check that all are on the device, and of the dtype, of the first weight."""
-    device, dtype = weight.device, weight.dtype
-    for name, tensor in tensors.items():
-        if tensor.device == device and tensor.dtype == dtype:
-            continue
-        for what in ("device", "dtype"):
-            given, expected = getattr(tensor, what), getattr(weight, what)
-            if given != expected:
-                raise RuntimeError(
-                    f"input, hx and weights should be of one {what}, that of the first weight, "
-                    f"{expected}, but got {name} of {given}"
-                )

@@ -1,0 +1,45 @@
+"""Which loop may run: the one choice between the fused operator and the plain loop."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+# What torch knows but does not say in public. Where a name is gone, the answer is the cautious one.
+_functorch_active: Callable[[], bool] | None = getattr(
+    torch._C, "_are_functorch_transforms_active", None
+)
+_is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
+
+
+def may_fuse(T: int, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the fused operator runs, and not the plain loop.
+
+    Not for a single step, which leaves nothing to fuse. Not where something has to see the steps:
+    torch.func's transforms and forward-mode AD, which batch and differentiate them themselves;
+    torch.jit.trace and torch.export, which look for a program of torch's own operators; and
+    subclasses of Tensor, which know only those.
+    """
+    return (
+        T != 1
+        and not transforms_active()
+        and not is_tracing()
+        and not (_is_exporting is not None and _is_exporting())
+        and all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
+
+
+def transforms_active() -> bool:
+    """Whether one of torch.func's transforms, or forward-mode AD, is at work."""
+    if _functorch_active is None or _functorch_active():
+        return True
+    level: Any = getattr(forward_ad, "_current_level", 0)
+    return bool(level >= 0)
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]

@@ -1,0 +1,168 @@
+"""The fastest matrix products at hand on CPU: the only file that knows private torch operators.
+
+nn.LSTM multiplies with oneDNN, torch.addmm with MKL. For large float32 products oneDNN is the faster,
+and faster again if it may lay out a weight once for many of them. torch offers both to everybody,
+under private names that Inductor calls and that have stood since 2.0. They are looked up here. Where
+they are missing, or oneDNN is switched off by torch's own switch::
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+
+every product is one of public torch. The thresholds were measured on two cores of an AMD EPYC (Zen 4);
+they do not depend on the number of threads.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def _find(name: str, overload: str) -> Callable[..., Tensor] | None:
+    """Look up an operator of ``torch.ops.mkldnn``, ``None`` where it does not exist."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    return getattr(getattr(torch.ops.mkldnn, name, None), overload, None)
+
+
+_linear = _find("_linear_pointwise", "default")
+_linear_add = _find("_linear_pointwise", "binary")
+_pack = _find("_reorder_linear_weight", "default")
+
+
+def _prefers_onednn(weight: Tensor, rows: int) -> bool:
+    """Whether oneDNN is there, may be used, and is the faster for ``[rows, K]`` by ``[K, N]``."""
+    size = weight.numel()
+    return (
+        (size * rows >= 1 << 23)
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and None not in (_linear, _linear_add, _pack)
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+class GateProducts:
+    """The products of a direction's forward: all steps' input with weight_ih, each h with weight_hh.
+
+    One batched product with a gate in each batch is a little faster than one wide product, keeps
+    more threads busy, and leaves every gate's elements side by side, ``[4, b, H]``, which is how
+    the activations are fastest.
+
+    Args:
+        weight_ih: ``[4H, I]``.
+        weight_hh: ``[4H, P or H]``.
+        bias: ``[4H]``, or ``None``.
+    """
+
+    def __init__(self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None) -> None:
+        H = weight_hh.size(0) // 4
+        self.weight_ih = weight_ih.view(4, H, weight_ih.size(1)).transpose(1, 2)  # [4, I, H]
+        self.weight_hh = weight_hh.view(4, H, weight_hh.size(1)).transpose(1, 2)  # [4, P or H, H]
+        self.bias = None if bias is None else bias.view(4, 1, H)
+
+    def project(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        """The input's part of the gates for rows ``[n, I]``: a piece for each step."""
+        x = self.widen(x)
+        if self.bias is None:
+            a = torch.bmm(x, self.weight_ih)  # [4, n, H]
+        else:
+            a = torch.baddbmm(self.bias, x, self.weight_ih)
+        return a.split_with_sizes(sizes, 1)
+
+    def widen(self, h: Tensor) -> Tensor:
+        """A view of states ``[n, P or H]``, as :meth:`add` takes them: rows are in dimension 1."""
+        return h.expand(4, *h.shape)
+
+    def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
+        """Add the part of the widened state to a step's piece; writes to ``out``, ``[4, b, H]``."""
+        torch.baddbmm(a, h, self.weight_hh, out=out)
+
+
+class OneDNNGateProducts(GateProducts):
+    """The same with oneDNN, which packs weight_hh once.
+
+    Args:
+        rows: the largest number of sequences in a step.
+        times: the number of steps.
+    """
+
+    def __init__(
+        self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, times: int
+    ) -> None:
+        assert _linear is not None
+        assert _linear_add is not None
+        assert _pack is not None
+        self._linear, self._linear_add = _linear, _linear_add
+        self.weight_ih, self.bias = weight_ih, bias
+        self.weight_hh = _pack(weight_hh.contiguous(), rows) if times >= 8 else weight_hh
+
+    def project(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        return self._linear(x, self.weight_ih, self.bias, "none", [], "").split_with_sizes(sizes)
+
+    def widen(self, h: Tensor) -> Tensor:
+        return h.unsqueeze(0)
+
+    def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
+        a = self._linear_add(h[0], a, self.weight_hh, None, "add")  # [b, 4H]
+        out.copy_(a.view(a.size(0), 4, a.size(1) // 4).transpose(0, 1))
+
+
+def gate_products(
+    weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, times: int
+) -> GateProducts:
+    """The faster of the two for this many rows and steps."""
+    if _prefers_onednn(weight_hh, rows):
+        return OneDNNGateProducts(weight_ih, weight_hh, bias, rows, times)
+    return GateProducts(weight_ih, weight_hh, bias)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight``, ``[n, K]`` by ``[K, N]``."""
+    if _linear is not None and _prefers_onednn(weight, x.size(0)):
+        return _linear(x, weight.t(), None, "none", [], "")
+    return torch.mm(x, weight)
+
+
+class OuterSum:
+    """The gradient of a weight: the sum of outer products, ``a.t() @ b``, over the rows of all blocks.
+
+    Args:
+        weight: ``[M, N]``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        M, self.N = weight.shape
+        self.pad = 0
+        if weight.dtype == torch.float32 and weight.device.type == "cpu":
+            # MKL is a third slower where the columns are not a multiple of 8, and below 16 adds up
+            # row by row, at ten times the error. Columns of zeros make it use its better way.
+            self.pad = max(16, -(-self.N // 8) * 8) - self.N
+        self.total = weight.new_zeros(M, self.N + self.pad)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add rows ``[n, M]`` and ``[n, N]``."""
+        self.total.addmm_(a.t(), torch.nn.functional.pad(b, (0, self.pad)) if self.pad else b)
+
+    def result(self) -> Tensor:
+        """The sum, ``[M, N]``."""
+        return self.total[:, : self.N].contiguous()
+
+
+def repeated_product(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function ``add(a, x) = a + x @ weight``, for one weight ``[K, N]`` and many products.
+
+    Args:
+        weight: ``[K, N]``.
+        rows: how many rows x will have at most.
+    """
+    K, N = weight.shape
+    if _linear_add is not None and _prefers_onednn(weight, rows):
+        # Not packed: laying out a transposed weight costs more than it gives.
+        onednn, weight_t = _linear_add, weight.t()
+        return lambda a, x: onednn(x, a, weight_t, None, "add")
+    if rows == 1 and N % 2 == 0:
+        # MKL gives a single row to a single thread; the two halves of the columns occupy two.
+        halves = weight.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
+        return lambda a, x: torch.baddbmm(a.reshape(2, 1, N // 2), x.expand(2, 1, K), halves).view(1, N)
+    return lambda a, x: torch.addmm(a, x, weight)

@@ -1,0 +1,76 @@
+"""The stack of layers and directions, and in it the choice of the loop."""
+
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manual_lstm.context import may_fuse
+from manual_lstm.fused import fused_direction
+from manual_lstm.loop import plain_direction
+
+
+class DirectionWeights(NamedTuple):
+    """The weights of one direction of one layer, in the order nn.LSTM keeps them."""
+
+    weight_ih: Tensor  # [4H, I], above the first layer [4H, D * (P or H)]
+    weight_hh: Tensor  # [4H, P or H]
+    bias_ih: Tensor | None  # [4H]
+    bias_hh: Tensor | None  # [4H]
+    weight_hr: Tensor | None = None  # [P, H]
+
+
+def lstm_stack(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    layers: list[list[DirectionWeights]],
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run all layers and directions.
+
+    Args:
+        x: the input, ``[T, B, I]``, or packed ``[N, I]``.
+        batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``, int64.
+        h_0: the initial hidden states, ``[L * D, B, P or H]``.
+        c_0: the initial cell states, ``[L * D, B, H]``.
+        layers: the weights, ``layers[layer][direction]``.
+        dropout: the probability with which an element between two layers is zeroed.
+
+    Returns:
+        The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
+        shaped like h_0 and c_0.
+    """
+    T = len(x if batch_sizes is None else batch_sizes)
+    tensors = chain([x, h_0, c_0], *chain.from_iterable(layers))
+    run = fused_direction if may_fuse(T, tensors) else plain_direction
+    h_first, c_first = h_0.unbind(0), c_0.unbind(0)  # L * D times [B, P or H] and [B, H]
+    h_last: list[Tensor] = []
+    c_last: list[Tensor] = []
+    for layer, directions in enumerate(layers):
+        if dropout > 0 and layer > 0:
+            x = torch.dropout(x, dropout, train=True)
+        outputs: list[Tensor] = []
+        for direction, w in enumerate(directions):
+            k = len(h_last)  # layer * D + direction
+            bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh
+            output, h, c = run(
+                x,
+                batch_sizes,
+                h_first[k],
+                c_first[k],
+                w.weight_ih,
+                w.weight_hh,
+                bias,
+                w.weight_hr,
+                reverse=direction == 1,
+            )
+            outputs.append(output)
+            h_last.append(h)
+            c_last.append(c)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if len(h_last) == 1:  # for one step of one layer, two copies are time worth saving
+        return x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0)
+    return x, torch.stack(h_last), torch.stack(c_last)
