@@ -146,15 +146,15 @@ def direction(
     weight_hr: Tensor | None,
     reverse: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one direction: see :func:`manual_lstm.loop.plain_direction` for the arguments.
 
     Args:
         save: whether to keep what the backward needs.
 
     Returns:
-        The output, h_n and c_n; and with ``save`` for every row the four gates ``[4, N, H]``, the cell
-        state and its tanh, ``[N, H]`` each, which otherwise are empty.
+        The output, h_n and c_n; and with ``save`` for every row the four gates ``[4, N, H]`` and
+        the cell state ``[N, H]``, which otherwise are empty.
     """
     steps = _Steps(x, batch_sizes, reverse)
     sizes, N, (B, H) = steps.sizes, steps.starts[-1], c_0.shape
@@ -164,28 +164,27 @@ def direction(
     rows = output.view(N, h_0.size(1))
     outputs = rows.split_with_sizes(sizes)  # T times [b, P or H]
     h_steps = products.widen(rows).split_with_sizes(sizes, 1)
-    # What nobody needs after its step shares one place; as many views of it as there are sizes.
-    a_place, gates_place, tanh_place = x.new_empty(4, B, H), x.new_empty(4, B, H), x.new_empty(B, H)
-    a_views = {b: (a_place[:, :b], a_place[2, :b]) for b in set(sizes)}
+    # What nobody needs after its step shares one place, [4, b, H] or [b, H] side by side for any b.
+    places = {}
+    a_place, tanh_place = x.new_empty(4 * B * H), x.new_empty(B * H)
+    for b in set(sizes):
+        a = a_place[: 4 * b * H].view(4, b, H)
+        places[b] = a, a[2], tanh_place[: b * H].view(b, H)
     if save:
-        gates, cells, tanh_cells = x.new_empty(4, N, H), x.new_empty(N, H), x.new_empty(N, H)
+        gates, cells = x.new_empty(4, N, H), x.new_empty(N, H)
         c_steps = cells.split_with_sizes(sizes)  # T times [b, H]
-        views = list(
-            zip(
-                gates.split_with_sizes(sizes, 1),  # [4, b, H]
-                *(gate.split_with_sizes(sizes) for gate in gates),  # four times [b, H]
-                c_steps,
-                tanh_cells.split_with_sizes(sizes),
-            )
-        )
+        i_steps, f_steps, g_steps, o_steps = (gate.split_with_sizes(sizes) for gate in gates)
+        ifgo_steps = gates.split_with_sizes(sizes, 1)  # T times [4, b, H]
+        views = list(zip(ifgo_steps, i_steps, f_steps, g_steps, o_steps, c_steps))
     else:
-        gates, cells, tanh_cells = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+        gates, cells = x.new_empty(0), x.new_empty(0)
         c = c_0.clone()  # where a finished sequence's state waits
-        places = {
-            b: (gates_place[:, :b], *gates_place[:, :b].unbind(0), c[:b], tanh_place[:b])
-            for b in set(sizes)
-        }
-        views = [places[b] for b in sizes]
+        gates_place = x.new_empty(4 * B * H)
+        shared = {}
+        for b in set(sizes):
+            ifgo = gates_place[: 4 * b * H].view(4, b, H)
+            shared[b] = ifgo, *ifgo.unbind(0), c[:b]
+        views = [shared[b] for b in sizes]
 
     held, h_t, c_t = B, products.widen(h_0), c_0 if save else c  # the state before a step
     for block in steps.blocks():
@@ -195,8 +194,8 @@ def direction(
             if b != held:
                 held, h_t = b, products.widen(steps.previous(t, outputs, h_0))
                 c_t = steps.previous(t, c_steps, c_0) if save else c[:b]  # [b, H]
-            a, a_g = a_views[b]
-            ifgo, i, f, g, o, c_out, tanh_c = views[t]
+            a, a_g, tanh_c = places[b]
+            ifgo, i, f, g, o, c_out = views[t]
             products.add(x_t, h_t, a)  # [4, b, H]
             torch.sigmoid(a, out=ifgo)  # g's too: one call is faster than two
             torch.tanh(a_g, out=g)
@@ -206,11 +205,11 @@ def direction(
                 torch.mul(o, tanh_c, out=outputs[t])
             else:
                 torch.mm(o * tanh_c, weight_hr.t(), out=outputs[t])
-            h_t = h_steps[t]
+            h_t = h_steps[t]  # the output of this step
 
     h_n = steps.last(outputs, h_0)
     c_n = steps.last(c_steps, c_0) if save else c
-    return output, h_n, c_n, gates, cells, tanh_cells
+    return output, h_n, c_n, gates, cells
 
 
 @direction.register_fake
@@ -222,9 +221,9 @@ def _(
     output = x.new_empty(*x.shape[:-1], h_0.size(1))
     h_n, c_n = x.new_empty(h_0.shape), x.new_empty(c_0.shape)
     if not save:
-        return output, h_n, c_n, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+        return output, h_n, c_n, x.new_empty(0), x.new_empty(0)
     N = x.size(0) * x.size(1) if batch_sizes is None else x.size(0)
-    return output, h_n, c_n, x.new_empty(4, N, H), x.new_empty(N, H), x.new_empty(N, H)
+    return output, h_n, c_n, x.new_empty(4, N, H), x.new_empty(N, H)
 
 
 @torch.library.custom_op("manual_lstm::direction_backward", mutates_args=())
@@ -243,7 +242,6 @@ def direction_backward(
     reverse: bool,
     gates: Tensor,
     cells: Tensor,
-    tanh_cells: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one direction's backward: the module's docstring derives it.
@@ -275,8 +273,14 @@ def direction_backward(
     for block in reversed(steps.blocks()):
         start, n = steps.rows(block)
         rows = slice(start, start + n)
+        # The block and its neighbours: the state before its first step is one of these.
+        wider = range(max(block.start - 1, 0), min(block.stop + 1, len(sizes)))
+        wide_start, wide_n = steps.rows(wider)
+        wide_rows = slice(wide_start, wide_start + wide_n)
+        tanh_wide = torch.tanh(cells[wide_rows])  # [n', H]; computed again, not kept
+        inside = slice(start - wide_start, start - wide_start + n)
         i, f, g, o = gates[:, rows].conj()  # four times [n, H]
-        tanh_c = tanh_cells[rows].conj()
+        tanh_c = tanh_wide[inside].conj()  # [n, H]
         c_before = torch.cat([steps.previous(t, c_steps, c_0) for t in block]).conj()  # [n, H]
 
         # What the loop multiplies, for all steps of the block at once; da becomes the gradient of a.
@@ -321,17 +325,12 @@ def direction_backward(
         if d_ih is not None:
             d_ih.add(da, x_block.conj())
         if d_hh is not None or d_hr is not None:
-            # h is not kept, that its owner may write to it: it is o tanh(c) once more, here from
-            # the step before the block on.
-            wider = range(max(block.start - 1, 0), min(block.stop + 1, len(sizes)))
-            wide_start, wide_n = steps.rows(wider)
-            wide_rows = slice(wide_start, wide_start + wide_n)
-            m = gates[3, wide_rows] * tanh_cells[wide_rows]  # [n', H]
+            # h is not kept either, so that its owner may write to it: it is o tanh(c) once more.
+            m = gates[3, wide_rows] * tanh_wide  # [n', H]
             h = m if weight_hr is None else m @ weight_hr.t()  # [n', P or H]
             if d_hr is not None:
-                inside = m[start - wide_start :][:n]
                 d_h_block = d_h_block if reverse else d_h_block[::-1]
-                d_hr.add(torch.cat(d_h_block), inside.conj())
+                d_hr.add(torch.cat(d_h_block), m[inside].conj())
             if d_hh is not None:
                 h_steps = dict(zip(wider, h.split_with_sizes(sizes[wider.start : wider.stop])))
                 h_before = torch.cat([steps.previous(t, h_steps, h_0) for t in block])  # [n, P or H]
@@ -365,7 +364,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of all arguments of ``direction``."""
-    *tensors, gates, cells, tanh_cells = ctx.saved_tensors
+    *tensors, gates, cells = ctx.saved_tensors
     needed = [k for k in range(8) if ctx.needs_input_grad[k] and k != 1]
     results: list[Tensor | None] = [None] * 10
     if torch.is_grad_enabled() or transforms_active():
@@ -385,7 +384,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     else:
         needs = [k in needed for k in (0, 2, 3, 4, 5, 6, 7)]
-        every = direction_backward(*grads[:3], *tensors, ctx.reverse, gates, cells, tanh_cells, needs)
+        every = direction_backward(*grads[:3], *tensors, ctx.reverse, gates, cells, needs)
         gradients = tuple(g for g, need in zip(every, needs) if need)
     for k, gradient in zip(needed, gradients):
         results[k] = gradient
@@ -429,7 +428,6 @@ def _(
     reverse: bool,
     gates: list[int],
     cells: list[int],
-    tanh_cells: list[int],
     needs: list[bool],
     **kwargs: Any,
 ) -> int:
