@@ -38,10 +38,8 @@ For complex numbers every factor is conjugated. (Backpropagation through time; W
 gradients of the LSTM in full: Graves & Schmidhuber 2005.)
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,88 +48,10 @@ from torch.utils.flop_counter import register_flop_formula
 from manual_lstm.context import transforms_active
 from manual_lstm.gemm import OuterSum, gate_products, product, repeated_product
 from manual_lstm.loop import plain_direction
-
-# A block of steps has about this many rows: enough for a product to be fast, few enough for its
-# result to stay in the cache. Only a block's projected input is held at a time.
-BLOCK_ROWS = 512
+from manual_lstm.steps import Steps
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # grad * y * (1 - y)
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input  # grad * (1 - y * y)
-
-
-T = TypeVar("T")
-States = tuple[Tensor, ...] | Mapping[int, Tensor]
-
-
-class _Steps:
-    """Which rows belong to which step, and in which order a direction takes the steps.
-
-    Args:
-        x: ``[T, B, I]``, or packed ``[N, I]``.
-        batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``.
-        reverse: whether the last step is taken first.
-    """
-
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, reverse: bool) -> None:
-        self.sizes: list[int] = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
-        self.starts = list(accumulate(self.sizes, initial=0))
-        self.reverse = reverse
-        if batch_sizes is not None and self.starts[-1] != x.size(0):
-            raise ValueError(
-                f"data should have {self.starts[-1]} rows, the sum of batch_sizes, but got {x.size(0)}"
-            )
-
-    def blocks(self) -> list[range]:
-        """Ranges of neighbouring steps with about ``BLOCK_ROWS`` rows, in the order they are taken."""
-        bounds = [0]
-        for t in range(1, len(self.sizes)):
-            if self.starts[t + 1] - self.starts[bounds[-1]] > BLOCK_ROWS:
-                bounds.append(t)
-        bounds.append(len(self.sizes))
-        blocks = [range(a, b) for a, b in pairwise(bounds) if a < b]
-        return self.in_order(blocks)
-
-    def in_order(self, steps: Iterable[T]) -> list[T]:
-        """What belongs to neighbouring steps, in the order these are taken."""
-        return list(steps)[::-1] if self.reverse else list(steps)
-
-    def rows(self, block: range) -> tuple[int, int]:
-        """The first row of the block, and how many it has."""
-        start = self.starts[block.start]
-        return start, self.starts[block.stop] - start
-
-    def rows_of(self, x: Tensor, block: range) -> Tensor:
-        """The block's rows of the input, ``[n, I]``."""
-        if x.dim() == 3:
-            return x[block.start : block.stop].reshape(-1, x.size(2))
-        start, n = self.rows(block)
-        return x[start : start + n]
-
-    def previous(self, t: int, states: States, first: Tensor) -> Tensor:
-        """The state before step t: of the step taken before it, and of sequences that begin, ``first``.
-
-        Args:
-            t: the step.
-            states: the states after each step, by step, ``[b, features]`` each.
-            first: the initial states, ``[B, features]``.
-        """
-        b, before = self.sizes[t], t + 1 if self.reverse else t - 1
-        if not 0 <= before < len(self.sizes):
-            return first if first.size(0) == b else first[:b]
-        state, held = states[before], self.sizes[before]
-        if held == b:
-            return state
-        return state[:b] if held > b else torch.cat([state, first[held:b]])
-
-    def last(self, states: tuple[Tensor, ...], first: Tensor) -> Tensor:
-        """The final state of each sequence, ``[B, features]``: where it ended, or the initial one."""
-        parts: list[Tensor] = []
-        known = 0
-        for t in range(len(self.sizes)) if self.reverse else range(len(self.sizes) - 1, -1, -1):
-            if self.sizes[t] > known:
-                parts.append(states[t][known:])
-                known = self.sizes[t]
-        return torch.cat([*parts, first[known:]])  # always a copy
 
 
 @torch.library.custom_op("manual_lstm::direction", mutates_args=())
@@ -156,7 +76,7 @@ def direction(
         The output, h_n and c_n; and with ``save`` for every row the four gates ``[4, N, H]`` and
         the cell state ``[N, H]``, which otherwise are empty.
     """
-    steps = _Steps(x, batch_sizes, reverse)
+    steps = Steps(x, batch_sizes, reverse)
     sizes, N, (B, H) = steps.sizes, steps.starts[-1], c_0.shape
     products = gate_products(weight_ih, weight_hh, bias, B, len(sizes))
     # Views are made for all steps at once, because one costs as much as a small operation.
@@ -252,7 +172,7 @@ def direction_backward(
     Returns:
         The gradients of x, h_0, c_0, weight_ih, weight_hh, bias and weight_hr; empty where not wanted.
     """
-    steps = _Steps(x, batch_sizes, reverse)
+    steps = Steps(x, batch_sizes, reverse)
     sizes, N, H, B = steps.sizes, steps.starts[-1], c_0.size(1), c_0.size(0)
     need_x, need_h, _, need_ih, need_hh, need_bias, need_hr = needs
     d_x = x.new_empty(x.shape if need_x else 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from manual_lstm import ManualLSTM, fused, gemm, stack
+from manual_lstm import ManualLSTM, fused, gemm, stack, steps
 from manual_lstm.context import may_fuse
 from manual_lstm.loop import plain_direction
 from manual_lstm.parity import run, twins
@@ -116,7 +116,7 @@ def run_direction(function: Any, given_: Arguments, wanted: list[bool]) -> dict[
 )
 def test_the_operator_equals_the_plain_loop(given_: Arguments, wanted: list[bool], rows: int) -> None:
     expected = run_direction(plain_direction, given_, wanted)
-    with patched(fused, BLOCK_ROWS=rows):
+    with patched(steps, BLOCK_ROWS=rows):
         actual = run_direction(fused.fused_direction, given_, wanted)
         with torch.no_grad():
             unsaved = fused.fused_direction(*given_)
@@ -141,7 +141,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 def test_gradcheck_and_gradgradcheck(
     configuration: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(steps, "BLOCK_ROWS", rows)
     given_ = arguments(**configuration, I=2, H=3)
     assert torch.autograd.gradcheck(fused.fused_direction, given_, fast_mode=True)
     assert torch.autograd.gradgradcheck(fused.fused_direction, given_, fast_mode=True)
