@@ -91,21 +91,26 @@ class OneDNNGateProducts(GateProducts):
         self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, times: int
     ) -> None:
         assert _linear is not None
-        assert _linear_add is not None
         assert _pack is not None
-        self._linear, self._linear_add = _linear, _linear_add
+        self._linear = _linear
         self.weight_ih, self.bias = weight_ih, bias
         self.weight_hh = _pack(weight_hh.contiguous(), rows) if times >= 8 else weight_hh
 
     def project(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        return self._linear(x, self.weight_ih, self.bias, "none", [], "").split_with_sizes(sizes)
+        a = self._linear(x, self.weight_ih, self.bias, "none", [], "")  # [n, 4H]
+        return _by_gate(a).split_with_sizes(sizes, 1)
 
     def widen(self, h: Tensor) -> Tensor:
         return h.unsqueeze(0)
 
     def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
-        a = self._linear_add(h[0], a, self.weight_hh, None, "add")  # [b, 4H]
-        out.copy_(a.view(a.size(0), 4, a.size(1) // 4).transpose(0, 1))
+        # oneDNN could add a itself; added here, the gates come to lie apart in the same pass.
+        torch.add(a, _by_gate(self._linear(h[0], self.weight_hh, None, "none", [], "")), out=out)
+
+
+def _by_gate(a: Tensor) -> Tensor:
+    """A view of ``[n, 4H]`` as ``[4, n, H]``."""
+    return a.view(a.size(0), 4, a.size(1) // 4).transpose(0, 1)
 
 
 def gate_products(

@@ -458,24 +458,25 @@ def test_onednn_is_as_exact_as_nn_lstm(case: Case) -> None:
 def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
+    linear = gemm._linear
+
     def spy(*args: Any) -> Tensor:
         calls.append("onednn")
-        assert linear_add is not None
-        return linear_add(*args)
+        assert linear is not None
+        return linear(*args)
 
-    linear_add = gemm._linear_add
-    monkeypatch.setattr(gemm, "_linear_add", spy)
+    monkeypatch.setattr(gemm, "_linear", spy)
     layer, x = ManualLSTM(8, 512), torch.randn(3, 16, 8)
     with torch.no_grad():
         with_onednn = layer(x)
-        assert len(calls) == 3
+        assert len(calls) == 4  # the input of all steps, and three steps
         with torch.backends.mkldnn.flags(enabled=False):
             without = layer(x)
-        assert len(calls) == 3
+        assert len(calls) == 4
         monkeypatch.setattr(gemm, "_linear_add", None)  # a torch that has lost the operator
         fallback = layer(x)
         layer.double()(x.double())
-    assert len(calls) == 3
+    assert len(calls) == 4
     torch.testing.assert_close(with_onednn, without)
     assert torch.equal(without[0], fallback[0])
 
