@@ -15,17 +15,15 @@ _functorch_active: Callable[[], bool] | None = getattr(
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
 
 
-def may_fuse(T: int, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the fused operator runs, and not the plain loop.
+def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the fused operator may run, for more than one step, and not the plain loop.
 
-    Not for a single step, which leaves nothing to fuse. Not where something has to see the steps:
-    torch.func's transforms and forward-mode AD, which batch and differentiate them themselves;
-    torch.jit.trace and torch.export, which look for a program of torch's own operators; and
-    subclasses of Tensor, which know only those.
+    Not where something has to see the steps: torch.func's transforms and forward-mode AD, which batch
+    and differentiate them themselves; torch.jit.trace and torch.export, which look for a program of
+    torch's own operators; and subclasses of Tensor, which know only those.
     """
     return (
-        T != 1
-        and not transforms_active()
+        not transforms_active()
         and not is_tracing()
         and not (_is_exporting is not None and _is_exporting())
         and all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)

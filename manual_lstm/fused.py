@@ -78,7 +78,7 @@ def direction(
     """
     steps = Steps(x, batch_sizes, reverse)
     sizes, N, (B, H) = steps.sizes, steps.starts[-1], c_0.shape
-    products = gate_products(weight_ih, weight_hh, bias, B, len(sizes))
+    products = gate_products(weight_ih, weight_hh, bias, N, len(sizes))
     # Views are made for all steps at once, because one costs as much as a small operation.
     output = x.new_empty(*x.shape[:-1], h_0.size(1))
     rows = output.view(N, h_0.size(1))

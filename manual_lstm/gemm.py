@@ -83,7 +83,7 @@ class OneDNNGateProducts(GateProducts):
     """The same with oneDNN, which packs weight_hh once.
 
     Args:
-        rows: the largest number of sequences in a step.
+        rows: how many rows a step has, on average.
         times: the number of steps.
     """
 
@@ -114,11 +114,12 @@ def _by_gate(a: Tensor) -> Tensor:
 
 
 def gate_products(
-    weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, times: int
+    weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, steps: int
 ) -> GateProducts:
-    """The faster of the two for this many rows and steps."""
-    if _prefers_onednn(weight_hh, rows):
-        return OneDNNGateProducts(weight_ih, weight_hh, bias, rows, times)
+    """The faster of the two for this many rows in this many steps."""
+    average = rows // max(steps, 1)
+    if _prefers_onednn(weight_hh, average):
+        return OneDNNGateProducts(weight_ih, weight_hh, bias, average, steps)
     return GateProducts(weight_ih, weight_hh, bias)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manual_lstm.cell import lstm_cell
+from manual_lstm.context import is_tracing
 
 
 # torch.jit.trace would record as many steps as its example has. Scripted, the loop stays a loop
@@ -109,5 +110,8 @@ def plain_direction(
         The others are as for :func:`lstm_direction`, and so is what is returned.
     """
     x_proj = project(x, weight_ih, bias)  # [T, B, 4H] or [N, 4H]
+    if batch_sizes is None and len(x) == 1 and not is_tracing():
+        h_n, c_n = lstm_cell(x_proj.squeeze(0), h_0, c_0, weight_hh, weight_hr)  # no loop
+        return torch.stack([h_n]), h_n, c_n
     output, h_n, c_n = lstm_direction(x_proj, batch_sizes, h_0, c_0, weight_hh, weight_hr, reverse)
     return output, h_n, c_n

@@ -240,8 +240,13 @@ class ManualLSTM(nn.Module):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
-        # Each weight is read once: a parametrized one is computed anew at every reading.
-        weights: list[Tensor] = [getattr(self, name) for names in self._weight_names for name in names]
+        # Each weight is read once: a parametrized one, no Parameter, is computed at every reading.
+        parameters = self._parameters
+        weights: list[Tensor] = [
+            parameters[name] if name in parameters else getattr(self, name)  # type: ignore[misc]
+            for names in self._weight_names
+            for name in names
+        ]
         batch_dim = 0 if self.batch_first else 1
         batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -296,30 +301,26 @@ class ManualLSTM(nn.Module):
         cast_to = autocast_dtype(x.device)
         if cast_to is not None:
             tensors = [autocast(tensor, cast_to) for tensor in tensors]
-        first = tensors[3]
         self._check_alike(tensors)
-
-        h_dtype, c_dtype = answer_dtypes(
-            x, c_0, first, cast_to, batch_sizes is not None, self.proj_size > 0
-        )
-        compute = compute_dtype(first.dtype)
-        if compute != first.dtype:
-            tensors = [tensor.to(compute) for tensor in tensors]
-
-        x, h_0, c_0, *weights = tensors
+        dtype = tensors[3].dtype
+        compute = compute_dtype(dtype)
         dropout = self.dropout if self.training else 0.0
+        if cast_to is None and compute == dtype:
+            return lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout)
+
+        packed, projected = batch_sizes is not None, self.proj_size > 0
+        h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
+        x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
             output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout)
-        if output.dtype == h_dtype == c_dtype:
-            return output, h_n, c_n
         return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
 
     def _layers(self, weights: list[Tensor]) -> list[list[DirectionWeights]]:
         """The weights by layer and direction."""
         n = len(self._weight_names[0])
-        absent = [None, None] if not self.bias else []
+        absent = () if self.bias else (None, None)
         directions = [
-            DirectionWeights(*weights[k : k + 2], *absent, *weights[k + 2 : k + n])
+            DirectionWeights(weights[k], weights[k + 1], *absent, *weights[k + 2 : k + n])
             for k in range(0, len(weights), n)
         ]
         D = 2 if self.bidirectional else 1
@@ -329,7 +330,7 @@ class ManualLSTM(nn.Module):
         """Check that all, input and states first, are on the first weight's device and of its dtype."""
         device, dtype = tensors[3].device, tensors[3].dtype
         for k, tensor in enumerate(tensors):
-            if tensor.device == device and tensor.dtype == dtype:
+            if tensor.dtype is dtype and tensor.device == device:
                 continue
             name = ["input", "h_0", "c_0", *chain.from_iterable(self._weight_names)][k]
             for what, given, expected in (

@@ -43,10 +43,12 @@ def lstm_stack(
         The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
         shaped like h_0 and c_0.
     """
+    # One step leaves nothing to fuse, and is mostly bookkeeping.
     T = len(x if batch_sizes is None else batch_sizes)
-    tensors = chain([x, h_0, c_0], *chain.from_iterable(layers))
-    run = fused_direction if may_fuse(T, tensors) else plain_direction
-    h_first, c_first = h_0.unbind(0), c_0.unbind(0)  # L * D times [B, P or H] and [B, H]
+    fuse = T != 1 and may_fuse(chain([x, h_0, c_0], *chain.from_iterable(layers)))
+    run = fused_direction if fuse else plain_direction
+    h_first = h_0.unbind(0)  # L * D times [B, P or H]
+    c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
     h_last: list[Tensor] = []
     c_last: list[Tensor] = []
     for layer, directions in enumerate(layers):

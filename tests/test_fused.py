@@ -361,9 +361,9 @@ def test_whatever_has_to_see_the_steps_takes_the_plain_loop(context: Any) -> Non
 
 
 def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert may_fuse(2, [torch.zeros(1)])
+    assert may_fuse([torch.zeros(1)])
     monkeypatch.setattr("manual_lstm.context._functorch_active", None)
-    assert not may_fuse(2, [torch.zeros(1)])
+    assert not may_fuse([torch.zeros(1)])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
