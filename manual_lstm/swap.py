@@ -179,27 +179,26 @@ def _find(
     ]
 
 
-def _paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every path to an LSTM in the model, of either class and any make.
+def _paths(
+    module: nn.Module, below: dict[int, list[tuple[str, nn.Module]]] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """Every path to an LSTM in the module, of either class and any make.
 
     ``named_modules(remove_duplicate=False)`` enters a module once for each path to it, and one that
     holds itself forever. Here each is entered once, and what is below it remembered.
     """
-    below: dict[int, list[tuple[str, nn.Module]]] = {}
-
-    def enter(module: nn.Module) -> list[tuple[str, nn.Module]]:
-        if id(module) not in below:
-            below[id(module)] = []  # what one sees that comes back here from below
-            found = []
-            if resembles(module, nn.LSTM) or resembles(module, ManualLSTM):
-                found.append(("", module))
-            for name, child in module._modules.items():
-                if child is not None:
-                    found += [(f"{name}.{path}" if path else name, lstm) for path, lstm in enter(child)]
-            below[id(module)] = found
-        return below[id(module)]
-
-    return enter(model)
+    below = {} if below is None else below
+    if id(module) not in below:
+        below[id(module)] = []  # what one sees that comes back here from below
+        found = []
+        if resembles(module, nn.LSTM) or resembles(module, ManualLSTM):
+            found.append(("", module))
+        for name, child in module._modules.items():
+            if child is not None:
+                lstms = _paths(child, below)
+                found += [(f"{name}.{path}" if path else name, lstm) for path, lstm in lstms]
+        below[id(module)] = found
+    return below[id(module)]
 
 
 def _targets(target_modules: Names, paths: list[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """replace_lstm, restore_lstm, from_lstm and to_lstm: the layer changes, and nothing else does."""
 
 import copy
+import gc
 import io
 import pickle
 import re
@@ -440,6 +441,20 @@ def test_a_model_that_holds_itself_or_shares_at_every_depth() -> None:
         deep = nn.Sequential(deep, deep)
     found = find_lstm(nn.ModuleList([deep, nn.LSTM(3, 4)]))
     assert [each.names for each in found] == [("1",)]
+
+
+def test_nothing_holds_on_to_the_model() -> None:
+    """Its memory, on a GPU too, is free when its last name goes, not when the collector comes."""
+    lstm = nn.LSTM(3, 4)
+    model, layer = nn.Sequential(nn.Sequential(lstm)), ManualLSTM.from_lstm(lstm).to_lstm()
+    gone: list[weakref.ref[Any]] = [weakref.ref(lstm), weakref.ref(lstm.weight_ih_l0)]
+    gc.disable()
+    try:
+        find_lstm(restore_lstm(replace_lstm(model)), target_modules=["0"])
+        del model, lstm, layer
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.fx.symbolic_trace])
