@@ -5,6 +5,7 @@ comes again, and what was never a Parameter (a pruned weight, for one) need not 
 """
 
 import copy
+import re
 import weakref
 from typing import Any
 
@@ -64,7 +65,9 @@ def settle(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
 def resembles(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether ``layer`` is a ``cls`` of any make: also a subclass, compiled or quantized."""
     if isinstance(layer, torch.jit.ScriptModule):
-        return getattr(layer, "original_name", None) == cls.__name__
+        # __torch__.torch.nn.modules.rnn.___torch_mangle_3.LSTM; others have an LSTM of their own
+        compiled = re.sub(r"___torch_mangle_\d+\.", "", layer._c._type().qualified_name())
+        return bool(compiled == f"__torch__.{cls.__module__}.{cls.__qualname__}")
     return isinstance(layer, cls) or (cls is nn.LSTM and _is_quantized(layer))
 
 

@@ -672,12 +672,16 @@ def test_layers_of_other_kinds_are_passed_over_silently() -> None:
             self.inside = nn.LSTM(3, 4)
 
     LSTM = type("LSTM", (Mine,), {})  # the name alone means nothing
-    model = nn.Sequential(nn.GRU(3, 4), nn.RNN(3, 4), nn.LSTMCell(3, 4), nn.Linear(1, 1), LSTM())
+    traced = torch.jit.trace(type("LSTM", (nn.Linear,), {})(3, 4), torch.zeros(2, 3))  # type: ignore[no-untyped-call]
+    model = nn.Sequential(
+        nn.GRU(3, 4), nn.RNN(3, 4), nn.LSTMCell(3, 4), nn.Linear(1, 1), LSTM(), traced
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replace_lstm(model)
-    assert [type(m).__name__ for m in model] == ["GRU", "RNN", "LSTMCell", "Linear", "LSTM"]
+    assert [type(m).__name__ for m in model][:5] == ["GRU", "RNN", "LSTMCell", "Linear", "LSTM"]
     assert isinstance(model[4].inside, ManualLSTM)
+    assert model[5] is traced
 
 
 # All or nothing.
