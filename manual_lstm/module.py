@@ -146,8 +146,8 @@ class ManualLSTM(nn.Module):
 
         The Parameters are the same objects, with their gradients, and so are buffers, hooks, extra
         attributes and submodules. ``lstm`` stays as it is; what is registered on one of the two
-        later, the other does not have. To change the layers of a model, see
-        :func:`manual_lstm.replace_lstm`.
+        later, or removed from it by its handle, does not change the other. To change the layers of
+        a model, see :func:`manual_lstm.replace_lstm`.
 
         Args:
             lstm (nn.LSTM): the layer to take over. In a subclass of ManualLSTM, ``__init__`` is

@@ -468,6 +468,40 @@ def test_wrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert torch.equal(restore_lstm(copied)(x), expected)
 
 
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ManualLSTM) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_symbolically_traced_after_the_swap() -> None:
+    model, x = replace_lstm(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4))), torch.randn(5, 2, 3)
+    traced = torch.fx.GraphModule(model, _Tracer().trace(model))
+    assert torch.equal(traced(x)[0], model(x)[0])
+    assert type(restore_lstm(traced).get_submodule("1")) is nn.LSTM
+    torch.testing.assert_close(traced(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("on", ["forward pre", "forward", "backward"])
+def test_a_hook_may_swap(on: str) -> None:
+    lstm, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    model, expected = nn.Sequential(lstm), lstm(x)[0]
+
+    def swap(module: nn.Module, *_: Any) -> None:
+        (restore_lstm if isinstance(lstm, ManualLSTM) else replace_lstm)(module)
+
+    if on == "forward pre":  # the layer's own comes when its call is under way
+        model.register_forward_pre_hook(swap)
+    elif on == "forward":
+        lstm.register_forward_hook(swap)
+    else:
+        lstm.register_full_backward_hook(swap)
+    for cls in (ManualLSTM, nn.LSTM):
+        output = model(x)[0]
+        output.sum().backward()
+        assert type(lstm) is cls
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("way", ["torch.compile", "Module.compile"])
 def test_compiled(way: str) -> None:
     """Compiled code notices that the class is another."""
