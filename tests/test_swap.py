@@ -229,11 +229,16 @@ def test_one_layer_there_and_back(tree: Tree) -> None:
             assert new.training is lstm.training
             # What is registered from now on is each one's own.
             new.register_buffer("later", torch.ones(1))
+            new.register_buffer("passing", torch.ones(1), persistent=False)
             new.register_forward_hook(lambda *_: None)
             new.register_state_dict_pre_hook(lambda *_: None)  # type: ignore[no-untyped-call]
         assert list(lstm.state_dict()) == keys
         for key in ("_forward_hooks", "_state_dict_pre_hooks"):
             assert len(vars(new)[key]) == len(vars(lstm)[key]) + 1
+        assert "passing" not in lstm._non_persistent_buffers_set
+        names = [lstm._all_weights, layer._weight_names, back._all_weights]
+        lists = {id(each) for lists in names for each in (lists, *lists)}
+        assert len(lists) == 3 * (1 + len(names[0]))
 
 
 def test_a_new_layer_has_what_a_built_one_has() -> None:
