@@ -1,85 +1,215 @@
-"""Time of ManualLSTM as a multiple of nn.LSTM's, and of Opacus' DPLSTM where that is installed.
+"""The main table: everybody's time at every shape as a multiple of nn.LSTM's, and peak memory."""
 
-    python benchmarks/speed.py [--threads N] [--seconds S]
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-The layers take turns within each measurement, so that a busy machine slows all of them alike.
-"""
+from benchmarks import memory
+from benchmarks.cases import Case, Group
+from benchmarks.contenders import (
+    PEERS,
+    Answer,
+    Contender,
+    WrongError,
+    answer,
+    check,
+    official,
+    ours,
+)
+from benchmarks.floor import floor
+from benchmarks.table import Column, Table, figure, times
+from benchmarks.timing import Effort, Runner, interleave, ratio, spread
+from benchmarks.workload import Settings, Workload
 
-import argparse
-import importlib
-import statistics
-import warnings
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import nn
-from torch.utils.benchmark import Timer
-
-from manual_lstm import ManualLSTM
-
-SHAPES = [(1, 100, 6, 32), (28, 64, 28, 128), (100, 32, 256, 256), (50, 16, 512, 512)]  # T, B, I, H
-ROUNDS = 5
-
-
-def layers(I: int, H: int) -> dict[str, nn.Module]:
-    """nn.LSTM, ManualLSTM and, where installed, DPLSTM."""
-    made: dict[str, nn.Module] = {"nn.LSTM": nn.LSTM(I, H), "ManualLSTM": ManualLSTM(I, H)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made["DPLSTM"] = importlib.import_module("opacus.layers").DPLSTM(I, H)
-    except ImportError:
-        pass
-    return made
+NN, OURS, FLOOR = "nn.LSTM", "ManualLSTM", "floor"
+SLOW = 20  # who takes so many times as long, and a quarter of a second, is called once
+TITLES = {
+    "inference": "INFERENCE: forward, under no_grad",
+    "training": "TRAINING: forward and backward of output.sum()",
+}
 
 
-def inference(layer: nn.Module, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        layer(x)
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    groups: dict[str, Group]
+    modes: tuple[str, ...]
+    peers: tuple[str, ...]
+    effort: Effort
+    memory: bool
 
 
-def training(layer: nn.Module, x: torch.Tensor) -> None:
-    layer(x)[0].sum().backward()
+@dataclass
+class Row:
+    """What was measured for a case in a mode.
+
+    Attributes:
+        seconds: everybody's seconds of a call, for every round.
+        bytes: nn.LSTM's and our peak memory.
+        floor: the ways chosen for the floor's products.
+        wrong: who was not timed, and why.
+    """
+
+    group: str
+    mode: str
+    case: Case
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    bytes: dict[str, float | None] = field(default_factory=dict)
+    floor: list[str] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str, base: str = NN) -> float | None:
+        if name not in self.seconds or base not in self.seconds:
+            return None
+        return ratio(self.seconds, name, base)
+
+    def ratios(self) -> dict[str, float]:
+        found = {name: self.ratio(name) for name in self.seconds if name != NN}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "group": self.group,
+            "mode": self.mode,
+            "case": str(self.case),
+            "ratios": self.ratios(),
+            "spreads": {n: spread(self.seconds, n, NN) for n in self.seconds if n != NN},
+            "ours_to_floor": self.ratio(OURS, FLOOR),
+            "floor": self.floor,
+            "bytes": self.bytes,
+            "not_timed": self.wrong,
+            "seconds": self.seconds,
+        }
 
 
-def medians(
-    step: Callable[[nn.Module, torch.Tensor], None], shape: tuple[int, ...], arguments: Any
-) -> dict[str, float]:
-    """The median time of each layer over rounds in which all take a turn."""
-    T, B, I, H = shape
-    x = torch.randn(T, B, I)
-    timers = {
-        name: Timer(
-            "step(layer, x)",
-            globals={"step": step, "layer": layer, "x": x},
-            num_threads=arguments.threads,
-        )
-        for name, layer in layers(I, H).items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            measured = timer.blocked_autorange(min_run_time=arguments.seconds / ROUNDS)
-            times[name].append(measured.median)
-    return {name: statistics.median(values) for name, values in times.items()}
+def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Row:
+    """Check everybody, then time all who are right in turns."""
+    row = Row(group, mode, case)
+    w = Workload(case, settings)
+    base = official(w)
+    answer(base, mode)  # the first call makes what later ones find
+    expected = answer(base, mode)
+    runners = {NN: _runner(base, mode)}
+    for name in (OURS, *plan.peers):
+        try:
+            contender = ours(w) if name == OURS else PEERS[name].build(w)
+            if contender is None:
+                continue
+            got = answer(contender, mode)
+            check(got, expected)
+        except WrongError as error:
+            row.wrong[name] = str(error)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            row.wrong[name] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+        else:
+            if name != OURS and _is_slow(got, expected):
+                row.seconds[name] = [got.seconds]
+            else:
+                runners[name] = _runner(contender, mode)
+    bare, row.floor = floor(w, mode)
+    runners[FLOOR] = Runner(bare)
+    row.seconds |= interleave(runners, plan.effort, settings.threads, settings.device)
+    if plan.memory:
+        row.bytes = memory.peaks(case, mode, settings)
+    return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each layer and shape")
-    arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {arguments.threads} threads, float32; nn.LSTM's time is 1\n")
-    print(f"{'T, B, I, H':<20}{'':<12}{'ManualLSTM':<12}DPLSTM")
-    for shape in SHAPES:
-        for step in (inference, training):
-            times = medians(step, shape, arguments)
-            base = times.pop("nn.LSTM")
-            cells = "".join(f"{time / base:<12.2f}" for time in times.values())
-            label = ", ".join(map(str, shape))
-            print(f"{label:<20}{step.__name__:<12}{cells}", flush=True)
+def _is_slow(got: Answer, expected: Answer) -> bool:
+    return got.seconds > 0.25 and got.seconds > SLOW * expected.seconds
 
 
-if __name__ == "__main__":
-    main()
+def _runner(contender: Contender, mode: str) -> Runner:
+    return Runner(contender.step(mode), lambda: contender.during(mode))
+
+
+def run(plan: Plan, settings: Settings, rows: list[Row]) -> None:
+    """Print the table; every row is appended to ``rows`` as it is done."""
+    _legend(plan)
+    for mode in plan.modes:
+        print(f"\n{TITLES[mode]}")
+        table = Table(_columns(plan))
+        for name, group in plan.groups.items():
+            print(f"  {group.title}", flush=True)
+            for case in group.cases:
+                row = measure(name, case, mode, plan, settings)
+                rows.append(row)
+                table.row(_cells(row, plan))
+                for who, reason in row.wrong.items():
+                    print(f"    {who} is not timed here: {reason}", flush=True)
+        _show_means(table, plan, [row for row in rows if row.mode == mode])
+
+
+def _legend(plan: Plan) -> None:
+    print("Each column is a time as a multiple of nn.LSTM's in the same run: below 1 is faster.")
+    print("  ours    ManualLSTM; IQR is the interquartile range of that ratio over the rounds")
+    print("  /floor  ours as a multiple of a bare loop of the matrix products an LSTM has to do")
+    for name in plan.peers:
+        peer = PEERS[name]
+        print(f"  {' '.join(peer.heading):<12}--peers {name}: {peer.about}")
+    if plan.memory:
+        print("  peak MB     memory of one call above the model and input: nn.LSTM's, ours, ratio")
+    if plan.peers:
+        print("A dash: it cannot do this. Who is over 20 times slower is called once, others often.")
+
+
+def _columns(plan: Plan) -> list[Column]:
+    columns = [
+        Column("", "T,B,I,H", 15),
+        Column("nn.LSTM", "ms", 7),
+        Column("", "ours", 6),
+        Column("", "IQR", 5),
+        Column("ours", "/floor", 7),
+    ]
+    columns += [Column(*PEERS[name].heading, 6) for name in plan.peers]
+    if plan.memory:
+        columns += [Column("peak", "nn", 6), Column("MB:", "ours", 5), Column("", "ratio", 6)]
+    return columns
+
+
+def _cells(row: Row, plan: Plan) -> list[str]:
+    middle = sorted(row.seconds[NN])[len(row.seconds[NN]) // 2] * 1e3
+    found = [row.case.shape, figure(middle)]
+    if OURS in row.seconds:
+        found += [times(row.ratio(OURS)), f"{spread(row.seconds, OURS, NN):.2f}"]
+    else:
+        found += ["wrong", "-"]
+    found.append(times(row.ratio(OURS, FLOOR)))
+    found += ["wrong" if name in row.wrong else times(row.ratio(name)) for name in plan.peers]
+    return found + (memory.cells(row.bytes) if plan.memory else [])
+
+
+def means(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Geometric means of the ratios, by group and name, for everybody who did all of a group."""
+    groups: dict[str, list[Row]] = {}
+    everything: list[Row] = []
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+        everything.append(row)
+    if len(groups) > 1:
+        groups["all"] = everything
+    found: dict[str, dict[str, float]] = {}
+    for group, members in groups.items():
+        if len(members) > 1:
+            ratios = [row.ratios() for row in members]
+            names = [name for name in ratios[0] if all(name in each for each in ratios)]
+            found[group] = {name: _geometric([each[name] for each in ratios]) for name in names}
+            over_floor = [row.ratio(OURS, FLOOR) for row in members]
+            known = [value for value in over_floor if value is not None]
+            if len(known) == len(members):
+                found[group]["/floor"] = _geometric(known)
+    return found
+
+
+def _geometric(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _show_means(table: Table, plan: Plan, rows: list[Row]) -> None:
+    found = means(rows)
+    if found:
+        print("  geometric means, of whoever did all of a group")
+    for group, mean in found.items():
+        names = [OURS, "", "/floor", *plan.peers]
+        cells = [times(mean.get(name)) if name else "" for name in names]
+        table.row([group, "", *cells])

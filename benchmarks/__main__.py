@@ -1,0 +1,283 @@
+"""``python -m benchmarks``, from the root of the repository: the command line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, memory, precision, scaling, speed, targets
+from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick
+from benchmarks.contenders import PEERS
+from benchmarks.timing import Effort
+from benchmarks.workload import DTYPES, MODES, Settings
+
+EPILOG = """\
+python -m benchmarks                        everything, about ten minutes on two cores
+python -m benchmarks --quick --targets      the most telling shapes, two minutes
+python -m benchmarks --peers none --mode training --shapes "28,64,28,128;50,32,64,64"
+python -m benchmarks speed -h               all options of a command
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [memory.PEAK]:
+        memory.measure_here(argv[1])
+        return 0
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["speed", *argv]
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        settings = _settings(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(settings.threads)
+    # cuDNN rounds to TF32 by default where matmul does not; so nobody does.
+    torch.backends.cudnn.allow_tf32 = False
+    print(f"{machine.header(settings)}\n", flush=True)
+    results: list[dict[str, object]] = []
+    run: Callable[..., int] = arguments.run
+    try:
+        return run(arguments, settings, results)
+    finally:
+        if arguments.json is not None:
+            written = {"machine": machine.describe(settings), "rows": results}
+            arguments.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
+    groups = {name: GROUPS[name] for name in arguments.groups or GROUPS}
+    if arguments.quick:
+        groups = quick(groups)
+    if arguments.shapes:
+        groups = {"given": Group("the shapes given", arguments.shapes)}
+    for name in arguments.peers:
+        if not PEERS[name].installed():
+            print(f"{name} is not installed, and has no column: {PEERS[name].about}", flush=True)
+    plan = speed.Plan(
+        groups,
+        arguments.mode,
+        tuple(name for name in arguments.peers if PEERS[name].installed()),
+        _effort(arguments, seconds=4.0 if arguments.quick else 10.0),
+        not (arguments.quick or arguments.no_memory),
+    )
+    rows: list[speed.Row] = []
+    try:
+        speed.run(plan, settings, rows)
+    finally:
+        results += [row.as_json() for row in rows]
+    if arguments.targets:
+        ratios = {(row.mode, row.case): row.ratios() for row in rows}
+        means = {mode: speed.means(row for row in rows if row.mode == mode) for mode in plan.modes}
+        targets.show(list(targets.verdicts(ratios, means)))
+    return 1 if any(speed.OURS in row.wrong for row in rows) else 0
+
+
+def _memory(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
+    rows = memory.ROWS
+    if arguments.shapes:
+        rows = [(case, mode, None) for case in arguments.shapes for mode in arguments.mode]
+    results.extend(memory.show(rows, settings))
+    return 0
+
+
+def _scaling(
+    arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
+) -> int:
+    given = {axis: getattr(arguments, axis) for axis in scaling.AXES}
+    axes = {axis: values for axis, values in given.items() if values is not None} or scaling.AXES
+    (base,) = arguments.base
+    effort = _effort(arguments, seconds=1.0)
+    with_memory = not arguments.no_memory
+    results.extend(scaling.show(base, axes, arguments.mode, effort, with_memory, settings))
+    return 0
+
+
+def _precision(
+    arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
+) -> int:
+    dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
+    cases = arguments.shapes or precision.CASES
+    results.extend(precision.show(cases, dtypes, _effort(arguments, seconds=3.0), settings))
+    return 0
+
+
+def _effort(arguments: argparse.Namespace, seconds: float) -> Effort:
+    return Effort(seconds if arguments.seconds is None else arguments.seconds, arguments.rounds)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch finds no CUDA device")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch finds no MPS device")
+    return Settings(arguments.threads, DTYPES[arguments.dtype], device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time and memory of ManualLSTM, of nn.LSTM and of other open LSTMs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = _command(commands, "speed", _speed, "the main table (the default command)")
+    command.add_argument("--quick", action="store_true", help="fewer shapes, no memory: two minutes")
+    command.add_argument("--groups", type=_names(GROUPS), help=f"of: {', '.join(GROUPS)}")
+    command.add_argument(
+        "--peers",
+        type=_peers,
+        default=tuple(PEERS),
+        help=f"none, all (the default), or of: {', '.join(PEERS)}",
+    )
+    command.add_argument("--targets", action="store_true", help="then list the targets, met or missed")
+    _shapes(command)
+    _mode(command)
+    _timing(command)
+    command.add_argument("--no-memory", action="store_true", help="do not measure memory")
+
+    command = _command(commands, "memory", _memory, "peak memory at long sequences, with targets")
+    _shapes(command)
+    _mode(command)
+
+    command = _command(commands, "scaling", _scaling, "time and memory against T, H, B and layers")
+    command.add_argument(
+        "--base", type=_one_shape, default=(scaling.BASE,), metavar="T,B,I,H", help="what stays fixed"
+    )
+    for axis, values in scaling.AXES.items():
+        shown = ",".join(map(str, values))
+        command.add_argument(
+            f"--{axis}", type=_numbers, metavar="N,...", help=f"values of {axis}, as {shown}"
+        )
+    _mode(command)
+    _timing(command)
+    command.add_argument("--no-memory", action="store_true", help="do not measure memory")
+
+    command = _command(commands, "precision", _precision, "errors in bfloat16 and others, and time")
+    command.add_argument(
+        "--dtypes",
+        type=_names(DTYPES),
+        default=("float32", "bfloat16"),
+        help=f"of: {', '.join(DTYPES)}; float32,bfloat16 by default",
+    )
+    _shapes(command)
+    _timing(command)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace, Settings, list[dict[str, object]]], int],
+    about: str,
+) -> argparse.ArgumentParser:
+    """Add a command with the options that all have."""
+    command = commands.add_parser(name, help=about, description=about)
+    command.set_defaults(run=run)
+    command.add_argument("--threads", type=_number, default=torch.get_num_threads(), metavar="N")
+    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    command.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    command.add_argument("--json", type=_file, metavar="FILE", help="write all that was measured")
+    return command
+
+
+def _shapes(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shapes", type=_shape_list, metavar="T,B,I,H;...", help="instead of those built in"
+    )
+
+
+def _mode(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mode", type=_modes, default=MODES, help="inference, training or both (the default)"
+    )
+
+
+def _timing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seconds", type=_seconds, metavar="S", help="time in turns for each row, beyond --rounds"
+    )
+    command.add_argument(
+        "--rounds", type=_number, default=3, metavar="N", help="turns that everybody takes at least"
+    )
+
+
+def _shape_list(text: str) -> tuple[Case, ...]:
+    try:
+        return parse_shapes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _one_shape(text: str) -> tuple[Case, ...]:
+    cases = _shape_list(text)
+    if len(cases) != 1:
+        raise argparse.ArgumentTypeError(f"one shape is wanted, but got {text!r}")
+    return cases
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    if text == "both":
+        return MODES
+    if text not in MODES:
+        raise argparse.ArgumentTypeError(f"{', '.join(MODES)} or both, but got {text!r}")
+    return (text,)
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    if text in ("none", "all"):
+        return tuple(PEERS) if text == "all" else ()
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of: none, all, {', '.join(PEERS)}")
+    return names
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, but got {text!r}")
+    return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(_number, text.split(",")))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds are wanted, but got {text!r}")
+    return seconds
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no file can be written at {text!r}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

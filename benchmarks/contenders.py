@@ -1,0 +1,289 @@
+"""Who competes with nn.LSTM: ManualLSTM, and the registry of its peers.
+
+Each gets nn.LSTM's weights and input, and must give its output and gradients before it is timed.
+"""
+
+import copy
+import importlib
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workload import TRAINING, Workload
+from manual_lstm import ManualLSTM
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TILES = 512e6  # bytes of weights that the notebook's function may copy
+
+
+@dataclass
+class Contender:
+    """One that can be timed.
+
+    Attributes:
+        forward: the call, from the input to the output as one tensor.
+        x: the input, laid out as it wants it.
+        parameters: what gets gradients.
+        around: what has to be switched while it runs.
+        as_official: brings the output into nn.LSTM's shape.
+    """
+
+    forward: Callable[[Any], Tensor]
+    x: Any
+    parameters: list[Tensor]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    as_official: Callable[[Tensor], Tensor] = torch.Tensor.detach
+
+    def inference(self) -> Tensor:
+        """Forward; the caller has switched gradients off."""
+        return self.forward(self.x)
+
+    def training(self) -> Tensor:
+        """Forward and backward, after what an optimizer's zero_grad does."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        output = self.forward(self.x)
+        output.sum().backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def step(self, mode: str) -> Callable[[], Tensor]:
+        return self.training if mode == TRAINING else self.inference
+
+    @contextmanager
+    def during(self, mode: str) -> Iterator[None]:
+        """What holds while it runs in this mode."""
+        with torch.set_grad_enabled(mode == TRAINING), self.around():
+            yield
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's LSTM, or one of the two in another way.
+
+    Attributes:
+        heading: two lines above its column, six characters at most.
+        about: what it is, in one line.
+        build: makes the contender; ``None`` where it cannot do the case.
+        needs: the module that has to be installed.
+    """
+
+    heading: tuple[str, str]
+    about: str
+    build: Callable[[Workload], Contender | None]
+    needs: str = "torch"
+
+    def installed(self) -> bool:
+        try:
+            return importlib.util.find_spec(self.needs) is not None
+        except ModuleNotFoundError:  # of a package above it
+            return False
+
+
+def of_module(layer: nn.Module, w: Workload) -> Contender:
+    """A contender of a layer that is called like nn.LSTM."""
+    if w.case.packed:
+        return Contender(lambda x: layer(x)[0].data, w.x, list(layer.parameters()))
+    return Contender(lambda x: layer(x)[0], w.x, list(layer.parameters()))
+
+
+def official(w: Workload) -> Contender:
+    return of_module(w.lstm, w)
+
+
+def ours(w: Workload) -> Contender:
+    return of_module(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
+
+
+def _opacus(w: Workload) -> Contender | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cls = importlib.import_module("opacus.layers").DPLSTM
+    case = w.case
+    layer = cls(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
+    layer.load_state_dict(w.lstm.state_dict())
+    return of_module(layer.to(w.settings.device, w.settings.dtype), w)
+
+
+def _quantizable(w: Workload) -> Contender | None:
+    if w.case.packed or w.case.layers > 1:  # its second layer does not take two directions
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = importlib.import_module("torch.ao.nn.quantizable").LSTM(w.case.I, w.case.H)
+    cell = layer.layers[0].layer_fw.cell
+    targets = [cell.igates.weight, cell.hgates.weight, cell.igates.bias, cell.hgates.bias]
+    _copy(w.lstm, targets)
+    layer = layer.to(w.settings.device, w.settings.dtype)
+    if w.settings.dtype == torch.float32:
+        return of_module(layer, w)
+    zeros = torch.zeros(1, w.case.B, w.case.H, device=w.settings.device, dtype=w.settings.dtype)
+    states = zeros, zeros  # its own are float32
+    return Contender(lambda x: layer(x, states)[0], w.x, list(layer.parameters()))
+
+
+def _cell(w: Workload) -> Contender | None:
+    if w.case.packed or w.case.layers > 1:
+        return None
+    cell = nn.LSTMCell(w.case.I, w.case.H, device=w.settings.device, dtype=w.settings.dtype)
+    _copy(w.lstm, list(cell.parameters()))
+
+    def forward(x: Tensor) -> Tensor:
+        states = None
+        outputs = []
+        for x_t in x.unbind(0):
+            states = cell(x_t, states)
+            outputs.append(states[0])
+        return torch.stack(outputs)
+
+    return Contender(forward, w.x, list(cell.parameters()))
+
+
+def _notebook(w: Workload) -> Contender | None:
+    case = w.case
+    tiles = case.B * 4 * case.H * (case.I + case.H) * w.settings.dtype.itemsize
+    if case.packed or case.layers > 1 or tiles > TILES:
+        return None
+    assert isinstance(w.x, Tensor)
+    weights = [nn.Parameter(p.detach().clone()) for p in w.lstm.parameters()]
+    zeros = w.x.new_zeros(case.B, case.H)
+
+    def forward(x: Tensor) -> Tensor:
+        return notebook_forward(x, zeros, zeros, *weights)
+
+    x = w.x.transpose(0, 1).contiguous()  # batch first
+    return Contender(forward, x, list(weights), as_official=lambda output: output.transpose(0, 1))
+
+
+def notebook_forward(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> Tensor:
+    """The notebook's way: both weights tiled over the batch, two bmm and eight slices a step."""
+    B, T, _ = x.shape
+    H = h.size(1)
+    tiled_ih = w_ih.unsqueeze(0).tile(B, 1, 1)  # [B, 4H, I]
+    tiled_hh = w_hh.unsqueeze(0).tile(B, 1, 1)  # [B, 4H, H]
+    output = x.new_zeros(B, T, H)
+    gates = [slice(k * H, (k + 1) * H) for k in range(4)]
+    for t in range(T):
+        from_x = torch.bmm(tiled_ih, x[:, t, :].unsqueeze(-1)).squeeze(-1)  # [B, 4H]
+        from_h = torch.bmm(tiled_hh, h.unsqueeze(-1)).squeeze(-1)
+        i, f, g, o = (from_x[:, k] + from_h[:, k] + b_ih[k] + b_hh[k] for k in gates)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        output[:, t, :] = h
+    return output
+
+
+def _official_without_onednn(w: Workload) -> Contender | None:
+    return _without_onednn(official(w), w)
+
+
+def _ours_without_onednn(w: Workload) -> Contender | None:
+    return _without_onednn(ours(w), w)
+
+
+def _without_onednn(contender: Contender, w: Workload) -> Contender | None:
+    if w.settings.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    contender.around = _onednn_off
+    return contender
+
+
+@contextmanager
+def _onednn_off() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other switches that torch sets along with this one
+        flags = torch.backends.mkldnn.flags(enabled=False)
+        flags.__enter__()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flags.__exit__(None, None, None)
+
+
+def _plain_loop(w: Workload) -> Contender | None:
+    contender = ours(w)
+    contender.around = lambda: mock.patch("manual_lstm.stack.may_fuse", return_value=False)
+    return contender
+
+
+def _copy(lstm: nn.LSTM, targets: list[Tensor]) -> None:
+    with torch.no_grad():
+        for source, target in zip(lstm.parameters(), targets):
+            target.copy_(source)
+
+
+PEERS = {
+    "opacus": Peer(("DP-", "LSTM"), "Opacus' DPLSTM, open for per-sample gradients", _opacus, "opacus"),
+    "quantizable": Peer(
+        ("quan-", "tiz."),
+        "torch.ao.nn.quantizable.LSTM, open for quantization",
+        _quantizable,
+        "torch.ao.nn.quantizable",
+    ),
+    "cell": Peer(("LSTM", "Cell"), "a loop over nn.LSTMCell", _cell),
+    "notebook": Peer(
+        ("note-", "book"), "the notebook's function, its weights tiled over the batch", _notebook
+    ),
+    "nn-no-onednn": Peer(
+        ("nn-", "1DNN"), "nn.LSTM with oneDNN switched off (mkldnn.flags)", _official_without_onednn
+    ),
+    "ours-no-onednn": Peer(
+        ("ours-", "1DNN"), "ManualLSTM with oneDNN switched off likewise", _ours_without_onednn
+    ),
+    "plain-loop": Peer(
+        ("plain", "loop"), "ManualLSTM's plain loop, without the fused operator", _plain_loop
+    ),
+}
+OWN = {"ours-no-onednn", "plain-loop"}  # ManualLSTM itself, in another way
+
+
+class WrongError(Exception):
+    """A contender does not compute what nn.LSTM computes. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a contender gave: its output, in training the norm of all gradients, and its time."""
+
+    output: Tensor
+    norm: float
+    seconds: float
+
+
+def answer(contender: Contender, mode: str) -> Answer:
+    """Run a contender once."""
+    with contender.during(mode):
+        start = time.perf_counter()
+        output = contender.step(mode)()
+        norm = 0.0
+        seconds = time.perf_counter() - start
+    if mode == TRAINING:
+        # The weights lie differently in every layer; the norm of all gradients does not.
+        squares = [p.grad.double().square().sum() for p in contender.parameters if p.grad is not None]
+        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return Answer(contender.as_official(output.detach()), norm, seconds)
+
+
+def check(got: Answer, expected: Answer) -> None:
+    """Raise WrongError where the answer is not nn.LSTM's."""
+    if got.output.shape != expected.output.shape:
+        raise WrongError(
+            f"an output of {list(got.output.shape)}, not of {list(expected.output.shape)} as nn.LSTM's"
+        )
+    tolerance = TOLERANCE[expected.output.dtype]
+    gap = float((got.output.double() - expected.output.double()).abs().max())
+    if not gap <= tolerance:
+        raise WrongError(f"its output differs from nn.LSTM's by {gap:.1e}")
+    if not abs(got.norm - expected.norm) <= tolerance * expected.norm:
+        raise WrongError(f"its gradients' norm is {got.norm:.6g}, nn.LSTM's {expected.norm:.6g}")

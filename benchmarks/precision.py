@@ -1,0 +1,86 @@
+"""Errors against nn.LSTM in float64, of nn.LSTM's and ours in narrower dtypes, beside the time."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.contenders import Contender, official, ours
+from benchmarks.table import Column, Table, times
+from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.workload import MODES, Settings, Workload
+
+CASES = (
+    Case(28, 64, 28, 128),
+    Case(100, 32, 256, 256),
+    Case(50, 16, 512, 512),
+    Case(200, 1, 80, 512),
+)
+
+
+def show(
+    cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...], effort: Effort, settings: Settings
+) -> Iterator[dict[str, object]]:
+    """Print the table; yields what was measured, row by row."""
+    print("error: the distance from nn.LSTM in float64 with the same weights and input, as a part of")
+    print("the whole (norm of the difference / norm); time: ManualLSTM's as a multiple of nn.LSTM's.\n")
+    table = Table(
+        [
+            Column("", "T,B,I,H", 17),
+            Column("", "dtype", 9),
+            Column("output's", "nn.LSTM", 11),
+            Column("error:", "ours", 9),
+            Column("", "ratio", 7),
+            Column("gradients'", "nn.LSTM", 12),
+            Column("error:", "ours", 9),
+            Column("", "ratio", 7),
+            Column("time:", "infer.", 9),
+            Column("", "train.", 8),
+        ]
+    )
+    for case in cases:
+        for dtype in dtypes:
+            found = _measure(case, replace(settings, dtype=dtype), effort)
+            errors: list[str] = []
+            for part in (0, 1):
+                theirs, our = found["nn.LSTM"][part], found["ManualLSTM"][part]
+                errors += [f"{theirs:.1e}", f"{our:.1e}", times(our / theirs) if theirs else "-"]
+            name = str(dtype).removeprefix("torch.")
+            table.row([case.shape, name, *errors, *map(times, found["time"])])
+            yield {"case": str(case), "dtype": name, **found}
+
+
+def _measure(case: Case, settings: Settings, effort: Effort) -> dict[str, list[float]]:
+    w = Workload(case, settings)
+    exact = Workload(case, replace(settings, dtype=torch.float64))
+    with torch.no_grad():
+        for p, narrow in zip(exact.lstm.parameters(), w.lstm.parameters()):
+            p.copy_(narrow)
+    assert isinstance(w.x, Tensor)
+    exact.x = w.x.double()
+    oracle = _answers(official(exact))
+    contenders = {"nn.LSTM": official(w), "ManualLSTM": ours(w)}
+    found = {who: _errors(_answers(contender), oracle) for who, contender in contenders.items()}
+    found["time"] = []
+    for mode in MODES:
+        runners = {who: _runner(contender, mode) for who, contender in contenders.items()}
+        seconds = interleave(runners, effort, settings.threads, settings.device)
+        found["time"].append(ratio(seconds, "ManualLSTM", "nn.LSTM"))
+    return found
+
+
+def _runner(contender: Contender, mode: str) -> Runner:
+    return Runner(contender.step(mode), lambda: contender.during(mode))
+
+
+def _answers(contender: Contender) -> tuple[Tensor, Tensor]:
+    """The output, and all gradients in one."""
+    output = contender.training().detach()
+    gradients = [p.grad.flatten() for p in contender.parameters if p.grad is not None]
+    return output, torch.cat(gradients)
+
+
+def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[float]:
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, expected)]

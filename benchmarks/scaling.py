@@ -1,0 +1,110 @@
+"""Time and peak memory as one thing grows: steps, batch, hidden size, layers."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from benchmarks import memory
+from benchmarks.cases import Case
+from benchmarks.contenders import answer, check, official, ours
+from benchmarks.table import Column, Table, figure, megabytes, times
+from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.workload import Settings, Workload
+
+BASE = Case(100, 16, 128, 128)
+AXES = {
+    "T": (100, 1_000, 5_000, 20_000),
+    "H": (32, 64, 128, 256, 512, 1024),
+    "B": (1, 4, 16, 64, 256),
+    "layers": (1, 2, 4, 8),
+}
+NAMES = {"T": "steps, T", "H": "hidden size, H", "B": "batch, B", "layers": "layers"}
+
+
+def at(base: Case, axis: str, value: int) -> Case:
+    """The base case with one number changed; over T with a small batch, that memory suffices."""
+    if axis == "T":
+        return replace(base, T=value, B=min(base.B, 4))
+    changes: dict[str, Any] = {axis: value}
+    return replace(base, **changes)
+
+
+def show(
+    base: Case,
+    axes: dict[str, tuple[int, ...]],
+    modes: tuple[str, ...],
+    effort: Effort,
+    with_memory: bool,
+    settings: Settings,
+) -> Iterator[dict[str, object]]:
+    """Print a table for each axis and mode; yields what was measured, row by row."""
+    print("Time of a call and its peak memory above the model and input, whole and for each step.")
+    print("Where what a step takes does not rise with T, time and memory grow linearly in T.")
+    for axis, values in axes.items():
+        for mode in modes:
+            fixed = at(base, axis, values[0])
+            others = ", ".join(f"{k}={getattr(fixed, k)}" for k in ("T", "B", "I", "H") if k != axis)
+            print(f"\n{NAMES[axis]}: {mode}; {others}")
+            table = Table(_columns(axis, with_memory))
+            for value in values:
+                found = _measure(at(base, axis, value), mode, effort, with_memory, settings)
+                table.row([str(value), *_cells(found, value if axis == "T" else fixed.T)])
+                yield {"axis": axis, "value": value, "mode": mode, **found}
+
+
+def _columns(axis: str, with_memory: bool) -> list[Column]:
+    columns = [
+        Column("", axis, 8),
+        Column("nn.LSTM", "ms", 9),
+        Column("Manual", "LSTM", 9),
+        Column("", "ratio", 8),
+        Column("us a step:", "nn", 12),
+        Column("", "ours", 8),
+    ]
+    if with_memory:
+        columns += [
+            Column("peak MB:", "nn", 11),
+            Column("", "ours", 8),
+            Column("", "ratio", 8),
+            Column("kB a step:", "nn", 12),
+            Column("", "ours", 7),
+        ]
+    return columns
+
+
+def _measure(
+    case: Case, mode: str, effort: Effort, with_memory: bool, settings: Settings
+) -> dict[str, object]:
+    w = Workload(case, settings)
+    contenders = {"nn.LSTM": official(w), "ManualLSTM": ours(w)}
+    check(*(answer(contenders[who], mode) for who in ("ManualLSTM", "nn.LSTM")))
+
+    def runner(who: str) -> Runner:
+        contender = contenders[who]
+        return Runner(contender.step(mode), lambda: contender.during(mode))
+
+    runners = {who: runner(who) for who in contenders}
+    seconds = interleave(runners, effort, settings.threads, settings.device)
+    peaks = memory.peaks(case, mode, settings) if with_memory else {}
+    return {
+        "case": str(case),
+        "seconds": seconds,
+        "ratio": ratio(seconds, "ManualLSTM", "nn.LSTM"),
+        "bytes": peaks,
+    }
+
+
+def _cells(found: dict[str, object], steps: int) -> list[str]:
+    seconds, peaks = found["seconds"], found["bytes"]
+    assert isinstance(seconds, dict)
+    assert isinstance(peaks, dict)
+    middle = [sorted(values)[len(values) // 2] for values in seconds.values()]
+    cells = [figure(value * 1e3) for value in middle]
+    assert isinstance(found["ratio"], float)
+    cells.append(times(found["ratio"]))
+    cells += [figure(value / steps * 1e6) for value in middle]
+    if peaks:
+        cells += [megabytes(peaks["nn.LSTM"]), megabytes(peaks["ManualLSTM"])]
+        cells.append(times(memory.quotient(peaks)))
+        cells += [figure(None if p is None else p / steps / 1e3) for p in peaks.values()]
+    return cells

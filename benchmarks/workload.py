@@ -1,0 +1,49 @@
+"""A case made real: an nn.LSTM and its input, the same for all who compete."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from benchmarks.cases import Case
+
+INFERENCE, TRAINING = "inference", "training"
+MODES = (INFERENCE, TRAINING)
+DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for everything measured in a run."""
+
+    threads: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+
+class Workload:
+    """The layer whose weights everybody gets, and the input.
+
+    Attributes:
+        case: the case.
+        lstm: the nn.LSTM.
+        x: the input, ``[T, B, I]`` or packed.
+        sizes: how many sequences have each step.
+    """
+
+    def __init__(self, case: Case, settings: Settings) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.settings = settings
+        self.lstm = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional)
+        self.lstm.to(settings.device, settings.dtype)
+        x = torch.randn(case.T, case.B, case.I).to(settings.device, settings.dtype)
+        self.x: Tensor | PackedSequence = x
+        self.sizes = [case.B] * case.T
+        if case.packed:
+            lengths = torch.randint(1, case.T + 1, (case.B,))
+            self.x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            self.sizes = self.x.batch_sizes.tolist()
