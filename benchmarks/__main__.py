@@ -39,11 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(settings.threads)
     # cuDNN rounds to TF32 by default where matmul does not; so nobody does.
     torch.backends.cudnn.allow_tf32 = False
-    print(f"{machine.header(settings)}\n", flush=True)
+    with_dtype = arguments.run is not _precision  # whose rows say it
+    print(f"{machine.header(settings, with_dtype)}\n", flush=True)
     results: list[dict[str, object]] = []
     run: Callable[..., int] = arguments.run
     try:
         return run(arguments, settings, results)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     finally:
         if arguments.json is not None:
             written = {"machine": machine.describe(settings), "rows": results}
@@ -63,7 +67,7 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
         groups,
         arguments.mode,
         tuple(name for name in arguments.peers if PEERS[name].installed()),
-        _effort(arguments, seconds=4.0 if arguments.quick else 10.0),
+        _effort(arguments, 4.0, 3) if arguments.quick else _effort(arguments, 10.0, 5),
         not (arguments.quick or arguments.no_memory),
     )
     rows: list[speed.Row] = []
@@ -92,7 +96,7 @@ def _scaling(
     given = {axis: getattr(arguments, axis) for axis in scaling.AXES}
     axes = {axis: values for axis, values in given.items() if values is not None} or scaling.AXES
     (base,) = arguments.base
-    effort = _effort(arguments, seconds=1.0)
+    effort = _effort(arguments, 1.0, 2)
     with_memory = not arguments.no_memory
     results.extend(scaling.show(base, axes, arguments.mode, effort, with_memory, settings))
     return 0
@@ -103,12 +107,15 @@ def _precision(
 ) -> int:
     dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
     cases = arguments.shapes or precision.CASES
-    results.extend(precision.show(cases, dtypes, _effort(arguments, seconds=3.0), settings))
+    results.extend(precision.show(cases, dtypes, _effort(arguments, 3.0, 5), settings))
     return 0
 
 
-def _effort(arguments: argparse.Namespace, seconds: float) -> Effort:
-    return Effort(seconds if arguments.seconds is None else arguments.seconds, arguments.rounds)
+def _effort(arguments: argparse.Namespace, seconds: float, rounds: int) -> Effort:
+    """What was asked for, or these."""
+    return Effort(
+        seconds if arguments.seconds is None else arguments.seconds, arguments.rounds or rounds
+    )
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -182,7 +189,10 @@ def _command(
     command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     command.add_argument("--threads", type=_number, default=torch.get_num_threads(), metavar="N")
-    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    if run is _precision:
+        command.set_defaults(dtype="float32")
+    else:
+        command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     command.add_argument("--json", type=_file, metavar="FILE", help="write all that was measured")
     return command
@@ -205,7 +215,7 @@ def _timing(command: argparse.ArgumentParser) -> None:
         "--seconds", type=_seconds, metavar="S", help="time in turns for each row, beyond --rounds"
     )
     command.add_argument(
-        "--rounds", type=_number, default=3, metavar="N", help="turns that everybody takes at least"
+        "--rounds", type=_number, metavar="N", help="turns that everybody takes at least"
     )
 
 

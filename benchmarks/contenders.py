@@ -6,7 +6,6 @@ Each gets nn.LSTM's weights and input, and must give its output and gradients be
 import copy
 import importlib
 import importlib.util
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import clock
 from benchmarks.workload import TRAINING, Workload
 from manual_lstm import ManualLSTM
 
@@ -79,6 +79,12 @@ class Peer:
     about: str
     build: Callable[[Workload], Contender | None]
     needs: str = "torch"
+
+    @property
+    def title(self) -> str:
+        """The heading in one line."""
+        top, bottom = self.heading
+        return top[:-1] + bottom if top.endswith("-") else f"{top} {bottom}"
 
     def installed(self) -> bool:
         try:
@@ -236,10 +242,10 @@ PEERS = {
         ("note-", "book"), "the notebook's function, its weights tiled over the batch", _notebook
     ),
     "nn-no-onednn": Peer(
-        ("nn-", "1DNN"), "nn.LSTM with oneDNN switched off (mkldnn.flags)", _official_without_onednn
+        ("nn", "-1DNN"), "nn.LSTM with oneDNN switched off (mkldnn.flags)", _official_without_onednn
     ),
     "ours-no-onednn": Peer(
-        ("ours-", "1DNN"), "ManualLSTM with oneDNN switched off likewise", _ours_without_onednn
+        ("ours", "-1DNN"), "ManualLSTM with oneDNN switched off likewise", _ours_without_onednn
     ),
     "plain-loop": Peer(
         ("plain", "loop"), "ManualLSTM's plain loop, without the fused operator", _plain_loop
@@ -263,11 +269,12 @@ class Answer:
 
 def answer(contender: Contender, mode: str) -> Answer:
     """Run a contender once."""
+    now = clock(contender.x.data.device)
     with contender.during(mode):
-        start = time.perf_counter()
+        start = now()
         output = contender.step(mode)()
-        norm = 0.0
-        seconds = time.perf_counter() - start
+        seconds = now() - start
+    norm = 0.0
     if mode == TRAINING:
         # The weights lie differently in every layer; the norm of all gradients does not.
         squares = [p.grad.double().square().sum() for p in contender.parameters if p.grad is not None]

@@ -27,7 +27,7 @@ def describe(settings: Settings) -> dict[str, str | int | bool]:
     }
 
 
-def header(settings: Settings) -> str:
+def header(settings: Settings, with_dtype: bool) -> str:
     """The same in two lines."""
     m = describe(settings)
     libraries = ", ".join(
@@ -36,9 +36,10 @@ def header(settings: Settings) -> str:
     )
     on = "" if m["device"] == "cpu" else f" on {m['device']}"
     cores, threads = _count(m["cores"], "core"), _count(m["threads"], "thread")
+    dtype = f", {m['dtype']}" if with_dtype else ""
     return (
         f"{m['processor']} ({m['vectors']}), {cores}, {m['system']}\n"
-        f"torch {m['torch']} {libraries}; {threads}, {m['dtype']}{on}"
+        f"torch {m['torch']} {libraries}; {threads}{dtype}{on}"
     )
 
 

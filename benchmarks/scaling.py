@@ -1,5 +1,6 @@
 """Time and peak memory as one thing grows: steps, batch, hidden size, layers."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -98,7 +99,7 @@ def _cells(found: dict[str, object], steps: int) -> list[str]:
     seconds, peaks = found["seconds"], found["bytes"]
     assert isinstance(seconds, dict)
     assert isinstance(peaks, dict)
-    middle = [sorted(values)[len(values) // 2] for values in seconds.values()]
+    middle = [statistics.median(values) for values in seconds.values()]
     cells = [figure(value * 1e3) for value in middle]
     assert isinstance(found["ratio"], float)
     cells.append(times(found["ratio"]))

@@ -1,6 +1,7 @@
 """The main table: everybody's time at every shape as a multiple of nn.LSTM's, and peak memory."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -142,11 +143,11 @@ def run(plan: Plan, settings: Settings, rows: list[Row]) -> None:
 
 def _legend(plan: Plan) -> None:
     print("Each column is a time as a multiple of nn.LSTM's in the same run: below 1 is faster.")
-    print("  ours    ManualLSTM; IQR is the interquartile range of that ratio over the rounds")
-    print("  /floor  ours as a multiple of a bare loop of the matrix products an LSTM has to do")
+    print("  ours        ManualLSTM; IQR is the interquartile range of that ratio over the rounds")
+    print("  /floor      ours as a multiple of a bare loop of the matrix products an LSTM has to do")
     for name in plan.peers:
         peer = PEERS[name]
-        print(f"  {' '.join(peer.heading):<12}--peers {name}: {peer.about}")
+        print(f"  {peer.title:<12}--peers {name}: {peer.about}")
     if plan.memory:
         print("  peak MB     memory of one call above the model and input: nn.LSTM's, ours, ratio")
     if plan.peers:
@@ -168,7 +169,7 @@ def _columns(plan: Plan) -> list[Column]:
 
 
 def _cells(row: Row, plan: Plan) -> list[str]:
-    middle = sorted(row.seconds[NN])[len(row.seconds[NN]) // 2] * 1e3
+    middle = statistics.median(row.seconds[NN]) * 1e3
     found = [row.case.shape, figure(middle)]
     if OURS in row.seconds:
         found += [times(row.ratio(OURS)), f"{spread(row.seconds, OURS, NN):.2f}"]
