@@ -15,7 +15,7 @@ from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
 
 EPILOG = """\
-python -m benchmarks                        everything, about ten minutes on two cores
+python -m benchmarks                        everything, which takes a while
 python -m benchmarks --quick --targets      the most telling shapes, two minutes
 python -m benchmarks --peers none --mode training --shapes "28,64,28,128;50,32,64,64"
 python -m benchmarks speed -h               all options of a command
