@@ -12,7 +12,9 @@ from torch.nn import Parameter
 _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
 )
-_is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+# Where the operator has been tried, or needs no kernel.
+_DEVICES = {"cpu", "cuda", "meta"}
 
 
 def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
@@ -20,13 +22,11 @@ def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
 
     Not where something has to see the steps: torch.func's transforms and forward-mode AD, which batch
     and differentiate them themselves; torch.jit.trace and torch.export, which look for a program of
-    torch's own operators; and subclasses of Tensor, which know only those.
+    torch's own operators; subclasses of Tensor, which know only those; and not on other devices.
     """
-    return (
-        not transforms_active()
-        and not is_tracing()
-        and not (_is_exporting is not None and _is_exporting())
-        and all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    return not (transforms_active() or is_tracing() or _is_exporting()) and all(
+        tensor is None or (type(tensor) in (Tensor, Parameter) and tensor.device.type in _DEVICES)
+        for tensor in tensors
     )
 
 

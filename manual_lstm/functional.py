@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from manual_lstm.loop import lstm_direction, project
+from manual_lstm.stack import loop_for
 
 
 def lstm_forward(
@@ -56,7 +56,8 @@ def lstm_forward(
             raise ValueError(f"{name} should be of shape {shape}, but got {list(tensor.shape)}")
 
     bias = b_ih + b_hh if b_ih is not None and b_hh is not None else (b_hh if b_ih is None else b_ih)
-    x_proj = project(input.transpose(0, 1), w_ih, bias)  # [T, B, 4H]
-    output, h_n, c_n = lstm_direction(x_proj, None, h_0, c_0, w_hh, None, False)
+    x = input.transpose(0, 1)  # [T, B, I]
+    run = loop_for(len(x), [x, h_0, c_0, w_ih, w_hh, bias])
+    output, h_n, c_n = run(x, None, h_0, c_0, w_ih, w_hh, bias, None, reverse=False)
     # Contiguous like the notebook's, whose readers call .view on it.
     return output.transpose(0, 1).contiguous(), (h_n.unsqueeze(0), c_n.unsqueeze(0))

@@ -38,6 +38,7 @@ For complex numbers every factor is conjugated. (Backpropagation through time; W
 gradients of the LSTM in full: Graves & Schmidhuber 2005.)
 """
 
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -48,6 +49,7 @@ from torch.utils.flop_counter import register_flop_formula
 from manual_lstm.context import transforms_active
 from manual_lstm.gemm import OuterSum, gate_products, product, repeated_product
 from manual_lstm.loop import plain_direction
+from manual_lstm.precision import autocast_dtype
 from manual_lstm.steps import Steps
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # grad * y * (1 - y)
@@ -304,7 +306,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     else:
         needs = [k in needed for k in (0, 2, 3, 4, 5, 6, 7)]
-        every = direction_backward(*grads[:3], *tensors, ctx.reverse, gates, cells, needs)
+        # Under autocast too the products are those of the forward's dtype, as in nn.LSTM's backward.
+        kind, cast_to = gates.device.type, autocast_dtype(gates.device)
+        with torch.autocast(kind, enabled=False) if cast_to else nullcontext():
+            every = direction_backward(*grads[:3], *tensors, ctx.reverse, gates, cells, needs)
         gradients = tuple(g for g, need in zip(every, needs) if need)
     for k, gradient in zip(needed, gradients):
         results[k] = gradient

@@ -1,5 +1,6 @@
 """The stack of layers and directions, and in it the choice of the loop."""
 
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from manual_lstm.context import may_fuse
 from manual_lstm.fused import fused_direction
 from manual_lstm.loop import plain_direction
 
+# fused_direction and plain_direction: the same arguments, the same results.
+Direction = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
 
 class DirectionWeights(NamedTuple):
     """The weights of one direction of one layer, in the order nn.LSTM keeps them."""
@@ -19,6 +23,14 @@ class DirectionWeights(NamedTuple):
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None = None  # [P, H]
+
+
+def loop_for(T: int, tensors: Iterable[Tensor | None]) -> Direction:
+    """The loop that runs T steps of these tensors: the fused one wherever it may.
+
+    One step leaves nothing to fuse, and is mostly bookkeeping.
+    """
+    return fused_direction if T != 1 and may_fuse(tensors) else plain_direction
 
 
 def lstm_stack(
@@ -43,10 +55,8 @@ def lstm_stack(
         The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
         shaped like h_0 and c_0.
     """
-    # One step leaves nothing to fuse, and is mostly bookkeeping.
     T = len(x if batch_sizes is None else batch_sizes)
-    fuse = T != 1 and may_fuse(chain([x, h_0, c_0], *chain.from_iterable(layers)))
-    run = fused_direction if fuse else plain_direction
+    run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers)))
     h_first = h_0.unbind(0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
     h_last: list[Tensor] = []

@@ -277,6 +277,21 @@ def test_the_numbers_do_not_depend_on_the_threads() -> None:
     assert_close(found[0], found[1], 1e-5)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_backward_under_autocast(inside: bool) -> None:
+    reference, layer = twins(3, 4, 2, bidirectional=True)
+    x = torch.randn(5, 2, 3)
+    gradients = []
+    for lstm in (reference, layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            inner = lstm(x)[0].float().sum()
+        outer = lstm(x)[0].sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients.append(torch.autograd.grad(inner if inside else outer, list(lstm.parameters())))
+    atol = 0.2 if inside else 1e-5
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=atol)
+
+
 # The choice of the loop.
 
 
