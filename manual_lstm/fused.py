@@ -13,7 +13,8 @@ of, so that one step is
 
 Go through time from the last step to the first, and let :math:`\delta z` be the gradient of the loss
 by z. Step t is told :math:`\delta h_t`, the output's gradient plus what step t + 1 passes back, and
-:math:`\delta c_t` from step t + 1. By the chain rule, from the last line to the first,
+:math:`\delta c_t` from step t + 1; the last step has them from h_n and c_n. By the chain rule, from
+the last line to the first,
 
 .. math::
     \delta m &= \delta h_t \text{ or } W_{hr}^T \delta h_t \\
@@ -52,6 +53,7 @@ from manual_lstm.loop import plain_direction
 from manual_lstm.precision import autocast_dtype
 from manual_lstm.steps import Steps
 
+_contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # grad * y * (1 - y)
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input  # grad * (1 - y * y)
 
@@ -100,7 +102,7 @@ def direction(
         views = list(zip(ifgo_steps, i_steps, f_steps, g_steps, o_steps, c_steps))
     else:
         gates, cells = x.new_empty(0), x.new_empty(0)
-        c = c_0.clone()  # where a finished sequence's state waits
+        c = c_0.clone(memory_format=_contiguous)  # where a finished sequence's state waits
         gates_place = x.new_empty(4 * B * H)
         shared = {}
         for b in set(sizes):
@@ -183,8 +185,8 @@ def direction_backward(
     d_hh = OuterSum(weight_hh) if need_hh else None
     d_hr = OuterSum(weight_hr) if need_hr and weight_hr is not None else None
     # The gradients of both states; the rows of sequences that are not under way wait in them.
-    d_h = torch.zeros_like(h_0) if grad_h_n is None else grad_h_n.clone()  # [B, P or H]
-    d_c = torch.zeros_like(c_0) if grad_c_n is None else grad_c_n.clone()  # [B, H]
+    d_h = x.new_zeros(h_0.shape) if grad_h_n is None else grad_h_n.clone(memory_format=_contiguous)
+    d_c = x.new_zeros(c_0.shape) if grad_c_n is None else grad_c_n.clone(memory_format=_contiguous)
     if grad_output is not None:
         out_steps = grad_output.reshape(N, h_0.size(1)).split_with_sizes(sizes)  # [b, P or H]
     c_steps = cells.split_with_sizes(sizes)  # T times [b, H]
@@ -289,28 +291,29 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, gates, cells = ctx.saved_tensors
     needed = [k for k in range(8) if ctx.needs_input_grad[k] and k != 1]
     results: list[Tensor | None] = [None] * 10
-    if torch.is_grad_enabled() or transforms_active():
-        # The gradients are to be differentiated themselves: then autograd, through the plain loop.
-        with torch.enable_grad():
-            # Views, so that h_0 and c_0 may be one tensor and have each its own gradient.
-            inputs: list[Any] = [t.view_as(t) if k in needed else t for k, t in enumerate(tensors)]
-            inputs.append(ctx.reverse)
-            outputs = plain_direction(*inputs)
-        pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
-        gradients = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [inputs[k] for k in needed],
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    else:
-        needs = [k in needed for k in (0, 2, 3, 4, 5, 6, 7)]
-        # Under autocast too the products are those of the forward's dtype, as in nn.LSTM's backward.
-        kind, cast_to = gates.device.type, autocast_dtype(gates.device)
-        with torch.autocast(kind, enabled=False) if cast_to else nullcontext():
+    # Under autocast too the products are those of the forward's dtype, as in nn.LSTM's backward.
+    kind, cast_to = gates.device.type, autocast_dtype(gates.device)
+    with torch.autocast(kind, enabled=False) if cast_to else nullcontext():
+        if torch.is_grad_enabled() or transforms_active():
+            # The gradients are to be differentiated themselves: then autograd, through the plain loop.
+            with torch.enable_grad():
+                # Views, so that h_0 and c_0 may be one tensor and have each its own gradient.
+                inputs: list[Any] = [t.view_as(t) if k in needed else t for k, t in enumerate(tensors)]
+                inputs.append(ctx.reverse)
+                outputs = plain_direction(*inputs)
+            # Without a step, the states depend on no weight.
+            pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+            gradients = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [inputs[k] for k in needed],
+                [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        else:
+            needs = [k in needed for k in (0, 2, 3, 4, 5, 6, 7)]
             every = direction_backward(*grads[:3], *tensors, ctx.reverse, gates, cells, needs)
-        gradients = tuple(g for g, need in zip(every, needs) if need)
+            gradients = tuple(g for g, need in zip(every, needs) if need)
     for k, gradient in zip(needed, gradients):
         results[k] = gradient
     return tuple(results)

@@ -170,5 +170,8 @@ def repeated_product(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Te
     if rows == 1 and N % 2 == 0:
         # MKL gives a single row to a single thread; the two halves of the columns occupy two.
         halves = weight.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
-        return lambda a, x: torch.baddbmm(a.reshape(2, 1, N // 2), x.expand(2, 1, K), halves).view(1, N)
+        # (Or to no row at all: batch_sizes may end in zeros.)
+        return lambda a, x: torch.baddbmm(
+            a.reshape(2, len(a), N // 2), x.expand(2, len(x), K), halves
+        ).view(len(a), N)
     return lambda a, x: torch.addmm(a, x, weight)

@@ -170,6 +170,48 @@ def test_more_data_than_steps_is_an_error() -> None:
         fused.fused_direction(*given_)
 
 
+@pytest.mark.parametrize("sizes", [[1, 1, 0, 0], [1, 0], [3, 2, 0, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("H", [3, 4])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_steps_of_no_sequence_at_the_end(sizes: list[int], H: int, reverse: bool) -> None:
+    given_ = arguments(sizes, packed=True, H=H, reverse=reverse)
+    expected = run_direction(plain_direction, given_, [True] * 3)
+    assert_close(run_direction(fused.fused_direction, given_, [True] * 3), expected, 1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[], [2], [2, 2]], ids=str)
+@pytest.mark.parametrize("result", range(3))
+def test_second_order_where_a_result_depends_on_little(sizes: list[int], result: int) -> None:
+    for wanted in DIFFERENTIABLE:
+        given_: list[Any] = [
+            t.detach() if isinstance(t, Tensor) else t for t in arguments(sizes, False, P=2)
+        ]
+        given_[wanted].requires_grad_()
+        found = []
+        for create_graph in (False, True):
+            loss = fused.fused_direction(*given_)[result].sum()
+            (gradient,) = torch.autograd.grad(
+                loss, given_[wanted], create_graph=create_graph, allow_unused=True
+            )
+            found.append(torch.zeros_like(given_[wanted]) if gradient is None else gradient)
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_strides_are_those_that_a_compiled_caller_is_told(packed: bool) -> None:
+    *tensors, reverse = (
+        t.detach() if isinstance(t, Tensor) else t for t in arguments([3, 3, 3], packed, P=2)
+    )
+    given_ = [t.t().contiguous().t() if t is not None and t.dim() == 2 else t for t in tensors]
+    for save in (False, True):
+        results = fused.direction(*given_, reverse, save)
+        assert all(part.is_contiguous() for part in results)
+    output, h_n, c_n, *kept = results
+    for grads in ((output, h_n.t().contiguous().t(), c_n.t().contiguous().t()), (output, None, None)):
+        backward = fused.direction_backward(*grads, *given_, reverse, *kept, [True] * 7)
+        assert all(part.is_contiguous() for part in backward)
+
+
 def test_nothing_is_kept_that_nobody_needs() -> None:
     layer = ManualLSTM(3, 4, 2, bidirectional=True)
     x = torch.randn(6, 2, 3)
@@ -290,6 +332,15 @@ def test_backward_under_autocast(inside: bool) -> None:
             gradients.append(torch.autograd.grad(inner if inside else outer, list(lstm.parameters())))
     atol = 0.2 if inside else 1e-5
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=atol)
+
+
+def test_second_order_under_autocast_is_as_exact_as_outside() -> None:
+    layer, x = ManualLSTM(3, 4, 2, proj_size=2), torch.randn(5, 2, 3, requires_grad=True)
+    loss = layer(x)[0].sum()
+    expected = torch.autograd.grad(loss, x, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 # The choice of the loop.
