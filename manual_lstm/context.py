@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from manual_lstm.precision import autocast_dtype
+
 # What torch knows but does not say in public. Where a name is gone, the answer is the cautious one.
 _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
@@ -23,7 +25,12 @@ def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
     Not where something has to see the steps: torch.func's transforms and forward-mode AD, which batch
     and differentiate them themselves; torch.jit.trace and torch.export, which look for a program of
     torch's own operators; subclasses of Tensor, which know only those; and not on other devices.
+    Nor under autocast, which casts the plain loop's operations one by one (ManualLSTM casts, and
+    switches it off, before it chooses).
     """
+    tensors = list(tensors)
+    if tensors[0] is not None and autocast_dtype(tensors[0].device) is not None:
+        return False
     return not (transforms_active() or is_tracing() or _is_exporting()) and all(
         tensor is None or (type(tensor) in (Tensor, Parameter) and tensor.device.type in _DEVICES)
         for tensor in tensors

@@ -42,3 +42,16 @@ def test_lstm_forward_without_biases_keeps_dtype_and_device() -> None:
     output, (h_n, _) = lstm_forward(meta[0], (meta[1], meta[1]), *meta[2:])
     assert output.device == h_n.device == torch.device("meta")
     assert output.dtype == torch.float64
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_lstm_forward_under_autocast(T: int) -> None:
+    layer, x, zeros = nn.LSTM(3, 4, batch_first=True), torch.randn(2, T, 3), torch.zeros(2, 4)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for input in (x, x.bfloat16()):
+            output, (h_n, c_n) = lstm_forward(input, (zeros, zeros), *layer.parameters())
+            assert output.dtype == h_n.dtype == c_n.dtype == torch.float32
+            torch.testing.assert_close(output, expected, rtol=0, atol=0.05)
+    output.sum().backward()  # type: ignore[no-untyped-call]
+    assert layer.weight_hh_l0.grad is not None
