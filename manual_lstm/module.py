@@ -253,7 +253,8 @@ class ManualLSTM(nn.Module):
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
             if not is_tracing() and not torch.compiler.is_compiling():  # the sizes are data there
-                _check_batch_sizes(x, batch_sizes)
+                rows = _check_batch_sizes(x, batch_sizes)
+                x = x if rows == x.size(0) else x[:rows]  # nobody reads the rest
         else:
             x = _as_tensor(input)
             batched = x.dim() == 3
@@ -515,8 +516,8 @@ def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, T
     return h_0, c_0
 
 
-def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
-    """Check a PackedSequence that may have been built by hand."""
+def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:
+    """Check a PackedSequence that may have been built by hand, and count the rows that are used."""
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         error = RuntimeError if batch_sizes.dtype == torch.int32 else TypeError  # as nn.LSTM
         raise error(
@@ -526,8 +527,10 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> None:
     sizes: list[int] = batch_sizes.tolist()
     if any(b > a for a, b in pairwise(sizes)) or min(sizes, default=0) < 0:
         raise RuntimeError(f"batch_sizes should not grow, nor be negative, but got {sizes}")
-    if sum(sizes) > input.size(0):
+    rows = sum(sizes)
+    if rows > input.size(0):
         raise RuntimeError(
-            f"data should have a row for each of the {sum(sizes)} steps in batch_sizes, {sizes}, "
+            f"data should have a row for each of the {rows} steps in batch_sizes, {sizes}, "
             f"but got {input.size(0)}"
         )
+    return rows

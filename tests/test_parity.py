@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
-from manual_lstm.parity import run
+from manual_lstm.parity import run, twins
 from tests.cases import Case, cases
 from tests.comparing import assert_close, data, errors, results
 
@@ -250,3 +250,10 @@ def _pair(num_layers: int = 1, **options: Any) -> tuple[nn.LSTM, ManualLSTM]:
     layer = ManualLSTM(4, 5, num_layers, dtype=torch.float64, **options)
     layer.load_state_dict(reference.state_dict())
     return reference, layer
+
+
+@pytest.mark.parametrize("sizes", [[2], [2, 1], [2, 2, 1]], ids=str)
+def test_packed_data_with_rows_that_no_step_takes(sizes: list[int]) -> None:
+    reference, layer = twins(3, 4, 2, dtype=torch.float64)
+    input = PackedSequence(torch.randn(8, 3, dtype=torch.float64), torch.tensor(sizes))
+    assert_close(run(layer, input, None), run(reference, input, None), 1e-12)
