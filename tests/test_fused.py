@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import hypothesis.strategies as st
@@ -252,6 +253,35 @@ def test_no_gradient_is_computed_that_nobody_needs(
         assert gradients[frozen].numel() == 0
     for k in DIFFERENTIABLE:
         assert (given_[k].grad is None) == (k == DIFFERENTIABLE[frozen])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(reverse: bool) -> None:
+    given_ = arguments([3, 3, 2], packed=True, P=2, reverse=reverse)
+    expected = torch.autograd.grad(
+        plain_direction(*given_)[0].square().sum(), [given_[k] for k in DIFFERENTIABLE]
+    )
+    for wanted in product((False, True), repeat=7):
+        for k, want in zip(DIFFERENTIABLE, wanted):
+            given_[k].requires_grad_(want)
+        output = fused.fused_direction(*given_)[0]
+        assert output.requires_grad == any(wanted)
+        if any(wanted):
+            inputs = [given_[k] for k in DIFFERENTIABLE if given_[k].requires_grad]
+            actual = torch.autograd.grad(output.square().sum(), inputs)
+            some = tuple(gradient for gradient, want in zip(expected, wanted) if want)
+            torch.testing.assert_close(actual, some, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_tensor_for_both_states(create_graph: bool) -> None:
+    given_ = list(arguments([2, 2, 2], packed=False))
+    given_[3] = given_[2]
+    gradients = [
+        torch.autograd.grad(function(*given_)[0].square().sum(), given_[2], create_graph=create_graph)
+        for function in (fused.fused_direction, plain_direction)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
 def test_the_results_may_be_written_to_before_the_backward() -> None:
