@@ -222,14 +222,24 @@ def test_nothing_is_kept_that_nobody_needs() -> None:
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saves: list[bool] = []
+    original = fused.direction
+
+    def spy(*args: Any) -> Any:
+        saves.append(args[-1])
+        return original(*args)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, patched(fused, direction=spy):
         with torch.no_grad():
             layer(x)
         assert not kept
         layer.requires_grad_(False)(x)
         assert not kept
+        assert not any(saves)
         layer.requires_grad_(True)(x)
     assert kept
+    assert saves == [False] * 8 + [True] * 4
 
 
 @pytest.mark.parametrize("frozen", range(7))
