@@ -587,6 +587,17 @@ def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest
     assert torch.equal(without[0], fallback[0])
 
 
+@has_onednn
+def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
+    given_ = arguments([3] * 10, packed=False, dtype=torch.float32)
+    strided = [t.t().contiguous().t() if k in (2, 3, 4, 5) else t for k, t in enumerate(given_)]
+    found = []
+    for these in (given_, strided):
+        with onednn_everywhere():
+            found.append(run_direction(fused.fused_direction, tuple(these), [True] * 3))
+    assert_close(found[1], found[0], 1e-6)
+
+
 def test_operators_that_do_not_exist_are_not_found() -> None:
     assert gemm._find("_no_such_operator", "default") is None
     assert gemm._find("_linear_pointwise", "no_such_overload") is None
