@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.timing import clock
 from benchmarks.workload import TRAINING, Settings, Workload
+from manual_lstm.gemm import find_onednn
 
 Call = Callable[[], object]
 
@@ -98,9 +99,9 @@ def _adding_ways(weight: Tensor, rows: int) -> Iterator[_Way]:
         if weight.size(1) % parts == 0:
             yield _split(weight, parts)
     linear, linear_add, pack = (
-        _onednn("_linear_pointwise", "default"),
-        _onednn("_linear_pointwise", "binary"),
-        _onednn("_reorder_linear_weight", "default"),
+        find_onednn("_linear_pointwise", "default"),
+        find_onednn("_linear_pointwise", "binary"),
+        find_onednn("_reorder_linear_weight", "default"),
     )
     if linear is None or linear_add is None or pack is None or not _for_onednn(weight):
         return
@@ -127,7 +128,7 @@ def _split(weight: Tensor, parts: int) -> _Way:
 def _plain_ways(weight: Tensor) -> Iterator[_Way]:
     """Ways to ``x @ weight``."""
     yield _Way("mm", lambda x, _: partial(torch.mm, x, weight))
-    linear = _onednn("_linear_pointwise", "default")
+    linear = find_onednn("_linear_pointwise", "default")
     if linear is not None and _for_onednn(weight):
         multiply, weight_t = linear, weight.t()
         yield _Way("oneDNN", lambda x, _: partial(multiply, x, weight_t, None, "none", [], ""))
@@ -135,10 +136,3 @@ def _plain_ways(weight: Tensor) -> Iterator[_Way]:
 
 def _for_onednn(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype != torch.float64
-
-
-def _onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
-    """An operator of ``torch.ops.mkldnn``, which are private: ``None`` where it does not exist."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    return getattr(getattr(torch.ops.mkldnn, name, None), overload, None)

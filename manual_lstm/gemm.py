@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 
-def _find(name: str, overload: str) -> Callable[..., Tensor] | None:
+def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
     """Look up an operator of ``torch.ops.mkldnn``, ``None`` where it does not exist."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     return getattr(getattr(torch.ops.mkldnn, name, None), overload, None)
 
 
-_linear = _find("_linear_pointwise", "default")
-_linear_add = _find("_linear_pointwise", "binary")
-_pack = _find("_reorder_linear_weight", "default")
+_linear = find_onednn("_linear_pointwise", "default")
+_linear_add = find_onednn("_linear_pointwise", "binary")
+_pack = find_onednn("_reorder_linear_weight", "default")
 
 
 def _prefers_onednn(weight: Tensor, rows: int) -> bool:

@@ -599,8 +599,8 @@ def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
 
 
 def test_operators_that_do_not_exist_are_not_found() -> None:
-    assert gemm._find("_no_such_operator", "default") is None
-    assert gemm._find("_linear_pointwise", "no_such_overload") is None
+    assert gemm.find_onednn("_no_such_operator", "default") is None
+    assert gemm.find_onednn("_linear_pointwise", "no_such_overload") is None
 
 
 @given(case=cases(large=False, dropout=False))
