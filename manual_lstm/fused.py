@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from manual_lstm.context import transforms_active
-from manual_lstm.gemm import OuterSum, gate_products, product, repeated_product
+from manual_lstm.gemm import OuterSum, gate_products, repeated_product
 from manual_lstm.loop import plain_direction
 from manual_lstm.precision import autocast_dtype
 from manual_lstm.steps import Steps
@@ -181,9 +181,11 @@ def direction_backward(
     need_x, need_h, _, need_ih, need_hh, need_bias, need_hr = needs
     d_x = x.new_empty(x.shape if need_x else 0)
     d_bias = x.new_zeros(4 * H if need_bias else 0)
-    d_ih = OuterSum(weight_ih) if need_ih else None
-    d_hh = OuterSum(weight_hh) if need_hh else None
-    d_hr = OuterSum(weight_hr) if need_hr and weight_hr is not None else None
+    # nn.LSTM leaves its kernel for packed and projected input, and then sums step by step.
+    piece = 256 if batch_sizes is None and weight_hr is None else 64
+    d_ih = OuterSum(weight_ih, piece) if need_ih else None
+    d_hh = OuterSum(weight_hh, piece) if need_hh else None
+    d_hr = OuterSum(weight_hr, piece) if need_hr and weight_hr is not None else None
     # The gradients of both states; the rows of sequences that are not under way wait in them.
     d_h = x.new_zeros(h_0.shape) if grad_h_n is None else grad_h_n.clone(memory_format=_contiguous)
     d_c = x.new_zeros(c_0.shape) if grad_c_n is None else grad_c_n.clone(memory_format=_contiguous)
@@ -262,7 +264,8 @@ def direction_backward(
         if need_bias:
             d_bias += da.sum(0)
         if need_x:
-            d_x.view(N, x.size(-1))[rows] = product(da, weight_ih.conj())
+            # Not oneDNN's, whose sums over so many columns have twice MKL's error.
+            torch.mm(da, weight_ih.conj(), out=d_x.view(N, x.size(-1))[rows])
     d_weights = (x.new_empty(0) if total is None else total.result() for total in (d_ih, d_hh, d_hr))
     d_weight_ih, d_weight_hh, d_weight_hr = d_weights
     return d_x, d_h, d_c, d_weight_ih, d_weight_hh, d_bias, d_weight_hr

@@ -123,22 +123,17 @@ def gate_products(
     return GateProducts(weight_ih, weight_hh, bias)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight``, ``[n, K]`` by ``[K, N]``."""
-    if _linear is not None and _prefers_onednn(weight, x.size(0)):
-        return _linear(x, weight.t(), None, "none", [], "")
-    return torch.mm(x, weight)
-
-
 class OuterSum:
     """The gradient of a weight: the sum of outer products, ``a.t() @ b``, over the rows of all blocks.
 
     Args:
         weight: ``[M, N]``.
+        piece: how many rows to sum at a time. A long sum rounds off more, a short one takes longer.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, piece: int) -> None:
         M, self.N = weight.shape
+        self.piece = piece
         self.pad = 0
         if weight.dtype == torch.float32 and weight.device.type == "cpu":
             # MKL is a third slower where the columns are not a multiple of 8, and below 16 adds up
@@ -148,7 +143,16 @@ class OuterSum:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add rows ``[n, M]`` and ``[n, N]``."""
-        self.total.addmm_(a.t(), torch.nn.functional.pad(b, (0, self.pad)) if self.pad else b)
+        if self.pad:
+            b = torch.nn.functional.pad(b, (0, self.pad))
+        if len(a) <= self.piece:
+            self.total.addmm_(a.t(), b)
+            return
+        block = torch.mm(a[: self.piece].t(), b[: self.piece])
+        for start in range(self.piece, len(a), self.piece):
+            rows = slice(start, start + self.piece)
+            block.addmm_(a[rows].t(), b[rows])
+        self.total += block  # two short sums, of pieces and of blocks, round off less than one long
 
     def result(self) -> Tensor:
         """The sum, ``[M, N]``."""

@@ -83,6 +83,27 @@ def test_as_exact_as_nn_lstm_on_average(
         assert ours[name] <= 1.5 * theirs[name], (name, ours[name] / runs, theirs[name] / runs)
 
 
+@pytest.mark.parametrize("form", ["dense", "packed", "projected"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("sizes", [(10, 64, 16, 512), (12, 32, 300, 260)])
+def test_large_layers_have_at_most_twice_nn_lstms_error(
+    form: str, scale: float, sizes: tuple[int, ...]
+) -> None:
+    T, B, I, H = sizes  # products of oneDNN's sizes; nn.LSTM leaves oneDNN where input is packed
+    torch.manual_seed(0)
+    reference, layer = twins(I, H, proj_size=H // 2 if form == "projected" else 0)
+    x = torch.randn(T, B, I) * scale
+    lengths = [T, *torch.randint(1, T + 1, (B - 1,)).tolist()]
+    input = (
+        nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False) if form == "packed" else x
+    )
+    oracle = run(copy.deepcopy(reference).double(), input.to(torch.float64), None)
+    theirs, ours = run(reference, input, None), run(layer, input, None)
+    for name, exact in oracle.items():
+        far = [float((found[name].double() - exact).norm()) for found in (ours, theirs)]
+        assert far[0] <= 2 * far[1], (name, far)
+
+
 @given(case=cases(dtypes=(torch.float32, torch.float64, torch.bfloat16), large=False))
 def test_same_form_of_the_output(case: Case) -> None:
     reference, layer = case.layers()
