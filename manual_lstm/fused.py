@@ -182,7 +182,7 @@ def direction_backward(
     d_x = x.new_empty(x.shape if need_x else 0)
     d_bias = x.new_zeros(4 * H if need_bias else 0)
     # nn.LSTM leaves its kernel for packed and projected input, and then sums step by step.
-    piece = 256 if batch_sizes is None and weight_hr is None else 64
+    piece = 512 if batch_sizes is None and weight_hr is None else 64
     d_ih = OuterSum(weight_ih, piece) if need_ih else None
     d_hh = OuterSum(weight_hh, piece) if need_hh else None
     d_hr = OuterSum(weight_hr, piece) if need_hr and weight_hr is not None else None
