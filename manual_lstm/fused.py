@@ -197,14 +197,13 @@ def direction_backward(
 
     d_h_t = None  # the gradient of the step at hand, [b, P or H], where the step after it knows
     for block in reversed(steps.blocks()):
-        start, n = steps.rows(block)
-        rows = slice(start, start + n)
+        rows = steps.rows(block)
+        n = rows.stop - rows.start
         # The block and its neighbours: the state before its first step is one of these.
         wider = range(max(block.start - 1, 0), min(block.stop + 1, len(sizes)))
-        wide_start, wide_n = steps.rows(wider)
-        wide_rows = slice(wide_start, wide_start + wide_n)
+        wide_rows = steps.rows(wider)
         tanh_wide = torch.tanh(cells[wide_rows])  # [n', H]; computed again, not kept
-        inside = slice(start - wide_start, start - wide_start + n)
+        inside = slice(rows.start - wide_rows.start, rows.stop - wide_rows.start)
         i, f, g, o = gates[:, rows].conj()  # four times [n, H]
         tanh_c = tanh_wide[inside].conj()  # [n, H]
         c_before = torch.cat([steps.previous(t, c_steps, c_0) for t in block]).conj()  # [n, H]

@@ -34,7 +34,7 @@ def _prefers_onednn(weight: Tensor, rows: int) -> bool:
     """Whether oneDNN is there, may be used, and is the faster for ``[rows, K]`` by ``[K, N]``."""
     size = weight.numel()
     return (
-        (size * rows >= 1 << 23)
+        size * rows >= 1 << 23
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and None not in (_linear, _linear_add, _pack)
@@ -173,8 +173,8 @@ def repeated_product(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Te
         return lambda a, x: onednn(x, a, weight_t, None, "add")
     if rows == 1 and N % 2 == 0:
         # MKL gives a single row to a single thread; the two halves of the columns occupy two.
+        # A step may also have no row: batch_sizes may end in zeros.
         halves = weight.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
-        # (Or to no row at all: batch_sizes may end in zeros.)
         return lambda a, x: torch.baddbmm(
             a.reshape(2, len(a), N // 2), x.expand(2, len(x), K), halves
         ).view(len(a), N)

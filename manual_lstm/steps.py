@@ -47,17 +47,15 @@ class Steps:
         """What belongs to neighbouring steps, in the order these are taken."""
         return list(steps)[::-1] if self.reverse else list(steps)
 
-    def rows(self, block: range) -> tuple[int, int]:
-        """The first row of the block, and how many it has."""
-        start = self.starts[block.start]
-        return start, self.starts[block.stop] - start
+    def rows(self, block: range) -> slice:
+        """The rows of the block, in packed data."""
+        return slice(self.starts[block.start], self.starts[block.stop])
 
     def rows_of(self, x: Tensor, block: range) -> Tensor:
         """The block's rows of the input, ``[n, I]``."""
         if x.dim() == 3:
             return x[block.start : block.stop].reshape(-1, x.size(2))
-        start, n = self.rows(block)
-        return x[start : start + n]
+        return x[self.rows(block)]
 
     def previous(self, t: int, states: States, first: Tensor) -> Tensor:
         """The state before step t: of the step taken before it, and of sequences that begin, ``first``.
