@@ -1,0 +1,76 @@
+"""One row of the report: a check, and the layer and inputs that it is tried on."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A layer of some class and options, and inputs for it. All is drawn from the seed."""
+
+    make: Callable[..., nn.Module]  # nn.LSTM, ManualLSTM or a class with their arguments
+    options: dict[str, Any] = field(default_factory=dict)  # beyond the sizes
+    packed: bool = False
+    I: int = 4
+    H: int = 5
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def layer(self) -> nn.Module:
+        """The layer; every call makes an equal one."""
+        torch.manual_seed(self.seed)
+        return self.make(self.I, self.H, dtype=self.dtype, **self.options)
+
+    def dense(self, T: int = 6, B: int = 3) -> Tensor:
+        """A batch, ``[T, B, I]`` or, with batch_first, ``[B, T, I]``."""
+        torch.manual_seed(self.seed + 1)
+        first = self.options.get("batch_first", False)
+        return torch.randn(*((B, T) if first else (T, B)), self.I, dtype=self.dtype)
+
+    def input(self, T: int = 6, B: int = 3) -> Tensor | PackedSequence:
+        """A dense batch, or where the setting is packed one of unsorted lengths."""
+        if not self.packed:
+            return self.dense(T, B)
+        torch.manual_seed(self.seed + 1)
+        lengths = [max(T - 2 * k, 1) if k % 2 else max(T - 3 - k, 1) for k in range(B)]
+        sequences = [torch.randn(n, self.I, dtype=self.dtype) for n in lengths]
+        return pack_sequence(sequences, enforce_sorted=False)
+
+    def hx(self, B: int = 3) -> State:
+        """Initial states for a batch of B."""
+        torch.manual_seed(self.seed + 2)
+        rows = self.options.get("num_layers", 1) * (2 if self.options.get("bidirectional") else 1)
+        features = self.options.get("proj_size", 0) or self.H
+        h_0 = torch.randn(rows, B, features, dtype=self.dtype)
+        return h_0, torch.randn(rows, B, self.H, dtype=self.dtype)
+
+    def but(self, **changes: Any) -> "Setting":
+        """The same setting with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A feature of PyTorch, and the check that a layer works with it."""
+
+    label: str
+    check: Callable[[Setting], None]  # raises what PyTorch raised, or AssertionError
+    packed: bool = False  # whether it also holds for packed input
+    needs: tuple[str, ...] = ()  # packages it cannot do without
+    slow: bool = False  # some ten seconds or more: tests try fewer settings
+
+    def missing(self) -> list[str]:
+        """The packages it needs that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+class Missing(Exception):
+    """The machine lacks something the row needs that is no package, such as a compiler."""
