@@ -1,12 +1,26 @@
 """One time step of the LSTM: the six equations, and nothing else."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
+class Step(NamedTuple):
+    """What one time step makes, for the ``b`` sequences that have it."""
+
+    i: Tensor  # the input gate, [b, H]
+    f: Tensor  # the forget gate, [b, H]
+    g: Tensor  # the cell gate, [b, H]
+    o: Tensor  # the output gate, [b, H]
+    c: Tensor  # the cell state after it, [b, H]
+    m: Tensor  # the hidden state after it, not yet projected, [b, H]
+    h: Tensor  # the hidden state after it, [b, P]; without a projection m itself
+
+
 def lstm_cell(
     x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Step:
     r"""Take one step.
 
     .. math::
@@ -31,13 +45,24 @@ def lstm_cell(
         weight_hr: ``[P, H]``, or ``None`` without a projection.
 
     Returns:
-        The hidden state and the cell state after this step, shaped like ``h`` and ``c``.
+        The gates, and the states after this step, shaped like ``h`` and ``c``.
     """
     gates = torch.addmm(x_t, h, weight_hh.t())  # [b, 4H]
     i, f, g, o = gates.chunk(4, dim=-1)  # four times [b, H]
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     c = f * c + i * g
-    h = o * torch.tanh(c)
-    if weight_hr is not None:
-        h = torch.mm(h, weight_hr.t())  # [b, P]
-    return h, c
+    return output_step(i, f, g, o, c, weight_hr)
+
+
+def output_step(
+    i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor, weight_hr: Tensor | None
+) -> Step:
+    r"""Finish a step whose gates and cell state are known: :math:`h' = o \odot \tanh(c')`, projected.
+
+    Args:
+        i, f, g, o: the gates, ``[b, H]`` each.
+        c: the cell state after this step, ``[b, H]``.
+        weight_hr: ``[P, H]``, or ``None`` without a projection.
+    """
+    m = o * torch.tanh(c)
+    return Step(i, f, g, o, c, m, m if weight_hr is None else torch.mm(m, weight_hr.t()))

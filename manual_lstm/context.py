@@ -14,7 +14,7 @@ from manual_lstm.precision import autocast_dtype
 _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
 )
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 # Where the operator has been tried, or needs no kernel.
 _DEVICES = {"cpu", "cuda", "meta"}
 
@@ -31,7 +31,7 @@ def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
     tensors = list(tensors)
     if tensors[0] is not None and autocast_dtype(tensors[0].device) is not None:
         return False
-    return not (transforms_active() or is_tracing() or _is_exporting()) and all(
+    return not (transforms_active() or is_tracing() or is_exporting()) and all(
         tensor is None or (type(tensor) in (Tensor, Parameter) and tensor.device.type in _DEVICES)
         for tensor in tensors
     )

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.context import may_fuse
+from manual_lstm.context import is_exporting, may_fuse
 from manual_lstm.fused import fused_direction
 from manual_lstm.loop import plain_direction
+from manual_lstm.scan import scan_direction
 
 # fused_direction and plain_direction: the same arguments, the same results.
 Direction = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -30,6 +31,8 @@ def loop_for(T: int, tensors: Iterable[Tensor | None]) -> Direction:
 
     One step leaves nothing to fuse, and is mostly bookkeeping.
     """
+    if is_exporting():
+        return scan_direction
     return fused_direction if T != 1 and may_fuse(tensors) else plain_direction
 
 
@@ -55,7 +58,7 @@ def lstm_stack(
         The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
         shaped like h_0 and c_0.
     """
-    T = len(x if batch_sizes is None else batch_sizes)
+    T = (x if batch_sizes is None else batch_sizes).size(0)
     run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers)))
     h_first = h_0.unbind(0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
