@@ -18,9 +18,7 @@ class Step(NamedTuple):
     h: Tensor  # the hidden state after it, [b, P]; without a projection m itself
 
 
-def lstm_cell(
-    x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
-) -> Step:
+def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> Step:
     r"""Take one step.
 
     .. math::

@@ -372,6 +372,8 @@ class ManualLSTM(nn.Module):
             B = input.size(0 if self.batch_first else 1)
         elif is_tracing():
             B = cast(int, batch_sizes[0])  # int() would freeze it
+        elif torch.compiler.is_compiling():
+            (B,) = batch_sizes[:1].tolist()  # without a look at how many there are
         else:
             B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
         return len(self._weight_names), B, self.hidden_size
