@@ -15,6 +15,13 @@ _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
 )
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_interpreters: Callable[[], list[Any] | None] | None = getattr(
+    getattr(torch._C, "_functorch", None), "get_interpreter_stack", None
+)
+# A transform that has ended leaves its tensors in a wrapper, which the next one takes for its own.
+unwrap_if_dead: Callable[[Tensor], Tensor] = getattr(
+    getattr(torch._C, "_functorch", None), "unwrap_if_dead", lambda tensor: tensor
+)
 # Where the operator has been tried, or needs no kernel.
 _DEVICES = {"cpu", "cuda", "meta"}
 
@@ -28,10 +35,14 @@ def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
     Nor under autocast, which casts the plain loop's operations one by one (ManualLSTM casts, and
     switches it off, before it chooses).
     """
-    tensors = list(tensors)
+    return not transforms_active() and _fusible(list(tensors))
+
+
+def _fusible(tensors: list[Tensor | None]) -> bool:
+    """Whether the operator serves these tensors, but for torch.func's transforms."""
     if tensors[0] is not None and autocast_dtype(tensors[0].device) is not None:
         return False
-    return not (transforms_active() or is_tracing() or is_exporting()) and all(
+    return not (is_tracing() or is_exporting()) and all(
         tensor is None or (type(tensor) in (Tensor, Parameter) and tensor.device.type in _DEVICES)
         for tensor in tensors
     )
@@ -43,6 +54,39 @@ def transforms_active() -> bool:
         return True
     level: Any = getattr(forward_ad, "_current_level", 0)
     return bool(level >= 0)
+
+
+def batches_only() -> bool:
+    """Whether all of torch.func's transforms at work are vmap and grad (so vjp, jacrev too)."""
+    if _interpreters is None or torch.compiler.is_compiling():
+        return False
+    level: Any = getattr(forward_ad, "_current_level", 0)
+    return bool(level < 0) and all(
+        each.key().name in ("Vmap", "Grad") for each in _interpreters() or []
+    )
+
+
+def may_fold(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the operator may run with the samples of a vmap as rows of one batch.
+
+    Not where the weights are batched themselves, as in an ensemble.
+    """
+    tensors = list(tensors)  # input, h_0, c_0 and the weights
+    return (
+        batches_only()
+        and _fusible(tensors)
+        and not any(weight is not None and _is_batched(weight) for weight in tensors[3:])
+    )
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap runs over this tensor, at any level."""
+    functorch = torch._C._functorch
+    while not functorch.is_batchedtensor(tensor):
+        if not functorch.is_gradtrackingtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return True
 
 
 def is_tracing() -> bool:

@@ -167,14 +167,18 @@ def direction_backward(
     gates: Tensor,
     cells: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    by_row: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one direction's backward: the module's docstring derives it.
 
     Args:
         needs: which of the gradients that are returned are wanted.
+        by_row: whether to return for every row what the weights' gradients are sums of.
 
     Returns:
         The gradients of x, h_0, c_0, weight_ih, weight_hh, bias and weight_hr; empty where not wanted.
+        With ``by_row`` then the gradient of a, ``[N, 4H]``, the h before the step, ``[N, P or H]``,
+        and with a projection the gradient of the h after it, ``[N, P]``; otherwise empty.
     """
     steps = Steps(x, batch_sizes, reverse)
     sizes, N, H, B = steps.sizes, steps.starts[-1], c_0.size(1), c_0.size(0)
@@ -192,6 +196,9 @@ def direction_backward(
     if grad_output is not None:
         out_steps = grad_output.reshape(N, h_0.size(1)).split_with_sizes(sizes)  # [b, P or H]
     c_steps = cells.split_with_sizes(sizes)  # T times [b, H]
+    da_rows = x.new_empty(N if by_row else 0, 4 * H)
+    h_rows = x.new_empty(N if by_row else 0, h_0.size(1))
+    d_h_rows = x.new_empty(N if by_row and weight_hr is not None else 0, h_0.size(1))
     weight_back = weight_hh.conj()
     add = repeated_product(weight_back, B)
 
@@ -209,7 +216,8 @@ def direction_backward(
         c_before = torch.cat([steps.previous(t, c_steps, c_0) for t in block]).conj()  # [n, H]
 
         # What the loop multiplies, for all steps of the block at once; da becomes the gradient of a.
-        da, dm_to_dc = x.new_empty(n, 4 * H), x.new_empty(n, H)
+        da = da_rows[rows] if by_row else x.new_empty(n, 4 * H)
+        dm_to_dc = x.new_empty(n, H)
         da_i, da_f, da_g, da_o = da.chunk(4, 1)  # four times [n, H]
         _sigmoid_backward(g, i.conj(), grad_input=da_i)
         _sigmoid_backward(c_before, f.conj(), grad_input=da_f)
@@ -249,17 +257,22 @@ def direction_backward(
         x_block = steps.rows_of(x, block)  # [n, I]
         if d_ih is not None:
             d_ih.add(da, x_block.conj())
-        if d_hh is not None or d_hr is not None:
+        if by_row or d_hh is not None or d_hr is not None:
             # h is not kept either, so that its owner may write to it: it is o tanh(c) once more.
             m = gates[3, wide_rows] * tanh_wide  # [n', H]
             h = m if weight_hr is None else m @ weight_hr.t()  # [n', P or H]
+            d_h_block = d_h_block if reverse else d_h_block[::-1]
             if d_hr is not None:
-                d_h_block = d_h_block if reverse else d_h_block[::-1]
                 d_hr.add(torch.cat(d_h_block), m[inside].conj())
-            if d_hh is not None:
+            if by_row or d_hh is not None:
                 h_steps = dict(zip(wider, h.split_with_sizes(sizes[wider.start : wider.stop])))
                 h_before = torch.cat([steps.previous(t, h_steps, h_0) for t in block])  # [n, P or H]
+            if d_hh is not None:
                 d_hh.add(da, h_before.conj())
+            if by_row:
+                h_rows[rows] = h_before
+                if weight_hr is not None:
+                    torch.cat(d_h_block, out=d_h_rows[rows])
         if need_bias:
             d_bias += da.sum(0)
         if need_x:
@@ -267,17 +280,25 @@ def direction_backward(
             torch.mm(da, weight_ih.conj(), out=d_x.view(N, x.size(-1))[rows])
     d_weights = (x.new_empty(0) if total is None else total.result() for total in (d_ih, d_hh, d_hr))
     d_weight_ih, d_weight_hh, d_weight_hr = d_weights
-    return d_x, d_h, d_c, d_weight_ih, d_weight_hh, d_bias, d_weight_hr
+    weights = d_weight_ih, d_weight_hh, d_bias, d_weight_hr
+    return d_x, d_h, d_c, *weights, da_rows, h_rows, d_h_rows
 
 
 @direction_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, _, x, _, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, *_, needs = arguments
+    _, _, _, x, _, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, *rest = arguments
+    _, _, cells, needs, by_row = rest if len(rest) == 5 else (*rest, False)
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, weight_hr)
     always = (False, True, True, False, False, False, False)  # the states' are its working memory
-    return tuple(
-        x.new_empty(t.shape if t is not None and (need or known) else 0)
-        for t, need, known in zip(inputs, needs, always)
+    N, (P, four_H) = cells.size(0) if by_row else 0, weight_hh.shape[::-1]
+    return (
+        *(
+            x.new_empty(t.shape if t is not None and (need or known) else 0)
+            for t, need, known in zip(inputs, needs, always)
+        ),
+        x.new_empty(N, four_H),
+        x.new_empty(N, P),
+        x.new_empty(N if weight_hr is not None else 0, P),
     )
 
 
@@ -359,6 +380,7 @@ def _(
     gates: list[int],
     cells: list[int],
     needs: list[bool],
+    by_row: bool = False,
     **kwargs: Any,
 ) -> int:
     need_x, _, _, need_ih, need_hh, _, need_hr = needs

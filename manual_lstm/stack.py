@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.context import is_exporting, may_fuse
+from manual_lstm.context import is_exporting, may_fold, may_fuse, transforms_active
 from manual_lstm.fused import fused_direction
 from manual_lstm.loop import plain_direction
+from manual_lstm.samples import sample_direction
 from manual_lstm.scan import scan_direction
 
 # fused_direction and plain_direction: the same arguments, the same results.
@@ -33,7 +34,12 @@ def loop_for(T: int, tensors: Iterable[Tensor | None]) -> Direction:
     """
     if is_exporting():
         return scan_direction
-    return fused_direction if T != 1 and may_fuse(tensors) else plain_direction
+    if T == 1:
+        return plain_direction
+    tensors = list(tensors)
+    if transforms_active():
+        return sample_direction if may_fold(tensors) else plain_direction
+    return fused_direction if may_fuse(tensors) else plain_direction
 
 
 def lstm_stack(

@@ -159,9 +159,9 @@ def test_opcheck(configuration: dict[str, Any], save: bool) -> None:
         *tensors, reverse = (a.detach() if isinstance(a, Tensor) else a for a in given_)
         output, h_n, c_n, *kept = fused.direction(*tensors, reverse, True)
         needs = [True, True, True, True, True, tensors[6] is not None, tensors[7] is not None]
-        torch.library.opcheck(
-            fused.direction_backward, (output, h_n, c_n, *tensors, reverse, *kept, needs)
-        )
+        given_ = (output, h_n, c_n, *tensors, reverse, *kept, needs)
+        torch.library.opcheck(fused.direction_backward, given_)
+        torch.library.opcheck(fused.direction_backward, (*given_, True))
 
 
 def test_more_data_than_steps_is_an_error() -> None:
