@@ -1,7 +1,9 @@
 """The LSTM you can open: a drop-in replacement for torch.nn.LSTM, written as a gate loop."""
 
+from manual_lstm.cell import Step, gates, output_step
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
+from manual_lstm.opened import CellWeights, Unrolled
 from manual_lstm.swap import SwapCandidate, find_lstm, replace_lstm, restore_lstm
 
 __all__ = [
@@ -11,5 +13,10 @@ __all__ = [
     "restore_lstm",
     "find_lstm",
     "SwapCandidate",
+    "Unrolled",
+    "Step",
+    "CellWeights",
+    "gates",
+    "output_step",
 ]
 __version__ = "0.1.0"

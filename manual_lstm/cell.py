@@ -45,11 +45,22 @@ def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: T
     Returns:
         The gates, and the states after this step, shaped like ``h`` and ``c``.
     """
-    gates = torch.addmm(x_t, h, weight_hh.t())  # [b, 4H]
-    i, f, g, o = gates.chunk(4, dim=-1)  # four times [b, H]
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    i, f, g, o = gates(torch.addmm(x_t, h, weight_hh.t()))  # four times [b, H]
     c = f * c + i * g
     return output_step(i, f, g, o, c, weight_hr)
+
+
+def gates(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Make the gates i, f, g and o of what they are made of: :math:`\sigma, \sigma, \tanh, \sigma`.
+
+    Args:
+        a: ``[b, 4H]``, in the order i, f, g, o.
+
+    Returns:
+        Four tensors ``[b, H]``.
+    """
+    i, f, g, o = a.chunk(4, dim=-1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
 def output_step(

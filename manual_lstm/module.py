@@ -18,7 +18,10 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.carry import manual_state, official_state, settle, why_not
+from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.context import is_tracing
+from manual_lstm.loop import project
+from manual_lstm.opened import CellWeights, OpenLoop, Unrolled
 from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
 from manual_lstm.stack import DirectionWeights, lstm_stack
 
@@ -91,6 +94,9 @@ class ManualLSTM(nn.Module):
         >>> _ = nn.LSTM(10, 20, num_layers=2).load_state_dict(layer.state_dict())
     """
 
+    # For each layer and direction the cell's own parameters, by the names that the cell has for them.
+    _own_names: Sequence[dict[str, str]] = ()
+
     mode: str
     input_size: int
     hidden_size: int
@@ -139,6 +145,11 @@ class ManualLSTM(nn.Module):
                     weight = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(names[kind], Parameter(weight))
         self.reset_parameters()
+        own_names, parameters = self._own_parameters()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        if parameters:
+            self._own_names = own_names
 
     @classmethod
     def from_lstm(cls: type[_Layer], lstm: nn.LSTM) -> _Layer:
@@ -151,7 +162,7 @@ class ManualLSTM(nn.Module):
 
         Args:
             lstm (nn.LSTM): the layer to take over. In a subclass of ManualLSTM, ``__init__`` is
-                not run.
+                not run; a cell's own parameters (:meth:`cell_parameters`) get their initial values.
 
         Raises:
             TypeError: ``lstm`` is something else, or more: of a subclass, parametrized, quantized,
@@ -167,8 +178,20 @@ class ManualLSTM(nn.Module):
         if reason:
             raise TypeError(f"lstm should be an nn.LSTM and nothing more, but {reason}")
         layer = cls.__new__(cls)
-        settle(layer, manual_state(lstm), lstm)
+        settle(layer, cls._state_from(lstm), lstm)
         return layer
+
+    @classmethod
+    def _state_from(cls, lstm: nn.LSTM) -> dict[str, Any]:
+        """The ``__dict__`` that makes a layer of this class of ``lstm``."""
+        state = manual_state(lstm)
+        layer = cls.__new__(cls)
+        object.__setattr__(layer, "__dict__", state)
+        own_names, parameters = layer._own_parameters()
+        if parameters:
+            state["_own_names"] = own_names
+            state["_parameters"] = {**state["_parameters"], **parameters}
+        return state
 
     def to_lstm(self) -> nn.LSTM:
         """Make an nn.LSTM that shares everything with this layer: the way back from :meth:`from_lstm`.
@@ -201,8 +224,15 @@ class ManualLSTM(nn.Module):
     def reset_parameters(self) -> None:
         r"""Draw every parameter from :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, in nn.LSTM's order."""
         bound = 1.0 / math.sqrt(self.hidden_size)
+        own = {id(getattr(self, name)) for names in self._own_names for name in names.values()}
         for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
+            if id(weight) not in own:
+                nn.init.uniform_(weight, -bound, bound)
+        for names in self._own_names:
+            values = self.cell_parameters()
+            with torch.no_grad():
+                for kind, name in names.items():
+                    getattr(self, name).copy_(values[kind])
 
     @property
     def all_weights(self) -> list[list[Parameter]]:
@@ -240,6 +270,43 @@ class ManualLSTM(nn.Module):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
+        output, states, _ = self._call(input, hx, keep=False)
+        return output, states
+
+    def unroll(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> Unrolled:
+        """Run the layer, and return its gates and states at every step with its answer.
+
+        Everything is differentiable, and the same numbers as :meth:`forward`'s. Hooks on the layer do
+        not see the call.
+
+        Args:
+            input: as for :meth:`forward`.
+            hx: as for :meth:`forward`.
+
+        Returns:
+            The output, (h_n, c_n), and for every layer and direction i, f, g, o, c, m and h. See
+            :class:`manual_lstm.Unrolled`.
+
+        Raises:
+            What :meth:`forward` raises.
+
+        Example:
+            >>> layer = ManualLSTM(10, 20)
+            >>> unrolled = layer.unroll(torch.randn(5, 3, 10))
+            >>> unrolled.f[0].shape  # the forget gate of the first layer
+            torch.Size([5, 3, 20])
+            >>> torch.equal(unrolled.c[0][-1], unrolled.states[1][0])
+            True
+        """
+        output, states, kept = self._call(input, hx, keep=True)
+        return Unrolled(output, states, *(tuple(part) for part in zip(*kept)))
+
+    def _call(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, keep: bool
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], list[list[Any]]]:
+        """Run the layer: the output, the states, and with ``keep`` each direction's steps."""
         # Each weight is read once: a parametrized one, no Parameter, is computed at every reading.
         parameters = self._parameters
         weights: list[Tensor] = [
@@ -247,6 +314,7 @@ class ManualLSTM(nn.Module):
             for names in self._weight_names
             for name in names
         ]
+        own = [getattr(self, name) for names in self._own_names for name in names.values()]
         batch_dim = 0 if self.batch_first else 1
         batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -278,16 +346,21 @@ class ManualLSTM(nn.Module):
 
         if batch_sizes is None and self.batch_first:
             x = x.transpose(0, 1)
-        output, h_n, c_n = self._run(x, batch_sizes, h_0, c_0, weights)
-        if batch_sizes is None and self.batch_first:
-            output = output.transpose(0, 1)
+        output, h_n, c_n, kept = self._run(x, batch_sizes, h_0, c_0, weights, own, keep)
+
+        def leave(sequence: Tensor) -> Any:
+            """From steps to what the caller gave."""
+            if batch_sizes is not None:
+                return PackedSequence(sequence, batch_sizes, sorted_indices, unsorted_indices)
+            if self.batch_first:
+                sequence = sequence.transpose(0, 1)
+            return sequence if batched else sequence.squeeze(batch_dim)
 
         if batch_sizes is not None:
-            sequence = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return sequence, self.permute_hidden((h_n, c_n), unsorted_indices)
-        if not batched:
-            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
-        return output, (h_n, c_n)
+            h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
+        elif not batched:
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        return leave(output), (h_n, c_n), [[leave(part) for part in step] for step in kept]
 
     def _run(
         self,
@@ -296,25 +369,44 @@ class ManualLSTM(nn.Module):
         h_0: Tensor,
         c_0: Tensor,
         weights: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        own: list[Tensor],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
         """From steps to steps: settle the dtypes, then run the stack."""
-        tensors = [x, h_0, c_0, *weights]
+        tensors = [x, h_0, c_0, *weights, *own]
         cast_to = autocast_dtype(x.device)
         if cast_to is not None:
             tensors = [autocast(tensor, cast_to) for tensor in tensors]
         self._check_alike(tensors)
         dtype = tensors[3].dtype
         compute = compute_dtype(dtype)
-        dropout = self.dropout if self.training else 0.0
-        if cast_to is None and compute == dtype:
-            return lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout)
-
-        packed, projected = batch_sizes is not None, self.proj_size > 0
-        h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
-        x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
+        as_is = cast_to is None and compute == dtype
+        if not as_is:
+            packed, projected = batch_sizes is not None, self.proj_size > 0
+            h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
+            x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
+            own = weights[len(weights) - len(own) :]
+        changed = self._cell_is_changed()
+        loop = None
+        if changed or keep:
+            loop = OpenLoop(self if changed else None, self._by_direction(own), keep)
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
-            output, h_n, c_n = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout)
-        return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
+            output, h_n, c_n = lstm_stack(
+                x,
+                batch_sizes,
+                h_0,
+                c_0,
+                self._layers(weights),
+                self.dropout if self.training else 0.0,
+                loop,
+            )
+        kept = [] if loop is None else loop.kept
+        if as_is:
+            return output, h_n, c_n, kept
+        kept = [
+            Step(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype)) for step in kept
+        ]
+        return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), kept
 
     def _layers(self, weights: list[Tensor]) -> list[list[DirectionWeights]]:
         """The weights by layer and direction."""
@@ -322,7 +414,7 @@ class ManualLSTM(nn.Module):
         absent = () if self.bias else (None, None)
         directions = [
             DirectionWeights(weights[k], weights[k + 1], *absent, *weights[k + 2 : k + n])
-            for k in range(0, len(weights), n)
+            for k in range(0, n * len(self._weight_names), n)
         ]
         D = 2 if self.bidirectional else 1
         return [directions[k : k + D] for k in range(0, len(directions), D)]
@@ -333,7 +425,7 @@ class ManualLSTM(nn.Module):
         for k, tensor in enumerate(tensors):
             if tensor.dtype is dtype and tensor.device == device:
                 continue
-            name = ["input", "h_0", "c_0", *chain.from_iterable(self._weight_names)][k]
+            name = self._argument_names()[k]
             for what, given, expected in (
                 ("device", tensor.device, device),
                 ("dtype", tensor.dtype, dtype),
@@ -343,6 +435,106 @@ class ManualLSTM(nn.Module):
                         f"input, hx and weights should be of one {what}, that of the first weight, "
                         f"{expected}, but got {name} of {given}"
                     )
+
+    def _argument_names(self) -> list[str]:
+        own = (names.values() for names in self._own_names)
+        return ["input", "h_0", "c_0", *chain(*self._weight_names, *own)]
+
+    # What a subclass with a cell of its own may override.
+
+    def cell(self, x_t: Tensor, h: Tensor, c: Tensor, w: CellWeights) -> Step:
+        """Take one step: override this to change the equations, and keep everything else.
+
+        A layer whose cell is changed runs the plain loop, or under ``torch.export`` a scan.
+
+        Args:
+            x_t: the projected input of this step, ``[b, 4H]``: what :meth:`project` returned.
+            h: the hidden state before this step, ``[b, P or H]``.
+            c: the cell state before this step, ``[b, H]``.
+            w: this direction's weights, and the cell's own parameters, by their names.
+
+        Returns:
+            The gates and the states after the step, a :class:`manual_lstm.Step`.
+            :func:`manual_lstm.gates` and :func:`manual_lstm.output_step` do what has not changed.
+
+        Example:
+            >>> from manual_lstm import ManualLSTM, gates, output_step
+            >>> class Coupled(ManualLSTM):  # i = 1 - f
+            ...     def cell(self, x_t, h, c, w):
+            ...         _, f, g, o = gates(x_t + h @ w.weight_hh.t())
+            ...         return output_step(1 - f, f, g, o, f * c + (1 - f) * g, w.weight_hr)
+            >>> output, _ = Coupled(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
+            >>> output.shape
+            torch.Size([5, 3, 40])
+        """
+        return lstm_cell(x_t, h, c, w.weight_hh, w.weight_hr)
+
+    def cell_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that the cell has of its own, by name, with their initial values.
+
+        Called once for each layer and direction, each of which gets its own; ``diagonal`` becomes
+        ``diagonal_l0``, ``diagonal_l0_reverse``, ``diagonal_l1`` and so on, after nn.LSTM's parameters.
+        The sizes (``self.hidden_size``, ...) are known when it is called.
+        """
+        return {}
+
+    def per_sequence(self, h_0: Tensor, c_0: Tensor) -> dict[str, Tensor]:
+        """Return what stays the same for a whole sequence, such as a dropout mask, by name.
+
+        Called once a call for each layer and direction.
+
+        Args:
+            h_0: the initial hidden states, ``[B, P or H]``.
+            c_0: the initial cell states, ``[B, H]``.
+
+        Returns:
+            Tensors ``[B, ...]``. Each step finds in ``w`` the rows of the sequences that have it.
+        """
+        return {}
+
+    def project(self, x: Tensor, w: CellWeights) -> Tensor:
+        """Return the input's part of the gates, of which :meth:`cell` gets one step at a time.
+
+        Args:
+            x: the input of all steps, ``[T, B, I]``, or packed ``[N, I]``.
+            w: this direction's weights, and the cell's own parameters, by their names.
+
+        Returns:
+            ``[T, B, 4H]``, or packed ``[N, 4H]``.
+        """
+        return project(x, w.weight_ih, w.bias)
+
+    def _cell_is_changed(self) -> bool:
+        cls = type(self)
+        methods = cls.cell, cls.per_sequence, cls.project
+        return methods != _METHODS or not _NAMES.isdisjoint(self.__dict__)
+
+    def _own_parameters(self) -> tuple[list[dict[str, str]], dict[str, Parameter]]:
+        """The names of the cell's own parameters for each direction, and the parameters."""
+        own_names: list[dict[str, str]] = []
+        parameters: dict[str, Parameter] = {}
+        for weight_names in self._weight_names:
+            suffix = weight_names[0].removeprefix("weight_ih")  # _l0, _l0_reverse, ...
+            values = self.cell_parameters()
+            own_names.append({kind: kind + suffix for kind in values})
+            for kind, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"cell_parameters should return tensors, but {kind} is {type(value).__name__}"
+                    )
+                if kind + suffix in (*weight_names, *self._parameters) or kind in _TAKEN:
+                    raise ValueError(f"cell_parameters should return new names, but got {kind!r}")
+                like = getattr(self, weight_names[0])
+                value = value.detach().clone().to(device=like.device, dtype=like.dtype)
+                parameters[kind + suffix] = Parameter(value)
+        return own_names, parameters
+
+    def _by_direction(self, own: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The cell's own parameters for each direction, by the names that the cell has for them."""
+        values = iter(own)
+        if not self._own_names:
+            return [{} for _ in self._weight_names]
+        return [{kind: next(values) for kind in names} for names in self._own_names]
 
     # nn.LSTM's own checks, by its names: subclasses call and override them.
 
@@ -407,6 +599,12 @@ class ManualLSTM(nn.Module):
         if permutation is None:
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+
+# What a changed cell is told by.
+_METHODS = ManualLSTM.cell, ManualLSTM.per_sequence, ManualLSTM.project
+_NAMES = frozenset(method.__name__ for method in _METHODS)
+_TAKEN = frozenset(CellWeights.__annotations__)
 
 
 def _check_arguments(

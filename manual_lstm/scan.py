@@ -2,7 +2,7 @@
 
 torch.export records what it sees: unrolled steps would be as many as its example has. Under
 ``torch.ops.higher_order.scan`` they stay one step, and how many there are is an input's size. The
-operator is not public yet; without it, exported programs have a fixed length.
+operator is not public yet; where it is missing, exported programs have a fixed length.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.loop import Loop, gate_loop, project
+from manual_lstm.context import is_exporting
+from manual_lstm.loop import Loop, project
 
 try:
     from torch._higher_order_ops.scan import scan as _scan
@@ -19,10 +20,16 @@ except ImportError:
     _scan = None  # type: ignore[assignment]
 
 
+def may_scan() -> bool:
+    """Whether the loop has to be a scan, and can."""
+    return _scan is not None and is_exporting()
+
+
 def scan_loop(cell: Any) -> Loop:
-    """Make the loop of a :data:`manual_lstm.loop.Cell`, as :func:`manual_lstm.loop.gate_loop` does."""
-    if _scan is None:
-        return gate_loop(cell)
+    """Make the loop of a :data:`manual_lstm.loop.Cell`, as :func:`manual_lstm.loop.gate_loop` does.
+
+    With ``keep``, it returns one Step that holds all of them, ``[T, B, features]`` or packed.
+    """
 
     def loop(
         x: Tensor,

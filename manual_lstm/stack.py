@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.context import is_exporting, may_fold, may_fuse, transforms_active
+from manual_lstm.context import may_fold, may_fuse, transforms_active
 from manual_lstm.fused import fused_direction
 from manual_lstm.loop import plain_direction
 from manual_lstm.samples import sample_direction
-from manual_lstm.scan import scan_direction
+from manual_lstm.scan import may_scan, scan_direction
 
 # fused_direction and plain_direction: the same arguments, the same results.
 Direction = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -32,7 +32,7 @@ def loop_for(T: int, tensors: Iterable[Tensor | None]) -> Direction:
 
     One step leaves nothing to fuse, and is mostly bookkeeping.
     """
-    if is_exporting():
+    if may_scan():
         return scan_direction
     if T == 1:
         return plain_direction
@@ -49,6 +49,7 @@ def lstm_stack(
     c_0: Tensor,
     layers: list[list[DirectionWeights]],
     dropout: float,
+    run: Direction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all layers and directions.
 
@@ -59,13 +60,15 @@ def lstm_stack(
         c_0: the initial cell states, ``[L * D, B, H]``.
         layers: the weights, ``layers[layer][direction]``.
         dropout: the probability with which an element between two layers is zeroed.
+        run: what runs each direction; ``None`` for the loop that is best.
 
     Returns:
         The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
         shaped like h_0 and c_0.
     """
-    T = (x if batch_sizes is None else batch_sizes).size(0)
-    run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers)))
+    if run is None:
+        T = (x if batch_sizes is None else batch_sizes).size(0)
+        run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers)))
     h_first = h_0.unbind(0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
     h_last: list[Tensor] = []

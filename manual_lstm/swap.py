@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from manual_lstm.carry import manual_state, official_state, resembles, why_not
+from manual_lstm.carry import official_state, resembles, why_not
 from manual_lstm.module import ManualLSTM
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,7 +36,11 @@ class SwapCandidate:
 
 
 def replace_lstm(
-    model: M, *, filter_fn: Filter | None = None, target_modules: Names | None = None
+    model: M,
+    *,
+    filter_fn: Filter | None = None,
+    target_modules: Names | None = None,
+    layer_class: type[ManualLSTM] = ManualLSTM,
 ) -> M:
     """Make every nn.LSTM in ``model`` a :class:`ManualLSTM`, in place.
 
@@ -58,6 +62,9 @@ def replace_lstm(
         target_modules (iterable of str or str, optional): the layers to choose, as in PEFT: names,
             each a path or the last parts of one, or one string, a regular expression for the
             whole path. With ``filter_fn``, a layer must be chosen by both.
+        layer_class (type, optional): the class that the layers get, ManualLSTM or a subclass of it
+            with a cell of its own. Its ``__init__`` is not run; the cell's own parameters
+            are added with their initial values.
 
     Returns:
         The model: the same object.
@@ -77,8 +84,10 @@ def replace_lstm(
           (1): ManualLSTM(10, 20)
         )
     """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, ManualLSTM)):
+        raise TypeError(f"layer_class should be ManualLSTM or a subclass, but got {layer_class!r}")
     found = _find(model, nn.LSTM, filter_fn, target_modules)
-    _swap(found, ManualLSTM, manual_state)
+    _swap(found, layer_class, layer_class._state_from)
     return model
 
 

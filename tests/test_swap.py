@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim.swa_utils import AveragedModel
 
 from manual_lstm import ManualLSTM, SwapCandidate, find_lstm, replace_lstm, restore_lstm
+from manual_lstm import module as module_module
 from manual_lstm import swap as swap_module
 from manual_lstm.parity import difference
 from tests.comparing import assert_close
@@ -749,7 +750,8 @@ def test_a_swap_that_fails_changes_nothing(
     before, calls = _snapshot(model), list[nn.Module]()
     make = "manual_state" if swap is replace_lstm else "official_state"
     name = make if phase == "state" else "_become"
-    whole = getattr(swap_module, name)
+    place = module_module if name == "manual_state" else swap_module
+    whole = getattr(place, name)
 
     def fail(module: nn.Module, *rest: Any) -> Any:
         calls.append(module)
@@ -759,7 +761,7 @@ def test_a_swap_that_fails_changes_nothing(
             raise KeyboardInterrupt(f"at {k}")
         return whole(module, *rest)
 
-    monkeypatch.setattr(swap_module, name, fail)
+    monkeypatch.setattr(place, name, fail)
     with pytest.raises(KeyboardInterrupt, match=f"at {k}"):
         swap(model)
     assert len(calls) >= k + 1

@@ -1,0 +1,250 @@
+"""The layer opened: the loop with a cell of the user's, and with its steps kept to be looked at."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from manual_lstm.cell import Step, lstm_cell
+from manual_lstm.loop import Cell, gate_loop, project
+from manual_lstm.scan import may_scan, scan_loop
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_Sequence = Tensor | PackedSequence
+
+
+class CellWeights:
+    """What one direction of one layer hands to its cell, by name.
+
+    Attributes:
+        weight_ih: ``[4H, I]``, above the first layer ``[4H, D * (P or H)]``.
+        weight_hh: ``[4H, P or H]``.
+        weight_hr: ``[P, H]``, or ``None`` without a projection.
+        bias: the sum of both biases, ``[4H]``, or ``None``.
+
+        And by their own names this direction's :meth:`ManualLSTM.cell_parameters` and what
+        :meth:`ManualLSTM.per_sequence` returned, cut to the sequences that have the step.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    weight_hr: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    if TYPE_CHECKING:  # the names that the user has chosen
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class OpenLoop:
+    """Runs the directions of one call, in nn.LSTM's order, as plain_direction does.
+
+    Args:
+        layer: a layer whose cell is changed, or ``None`` for the cell of ``cell.py``.
+        own: for each direction its cell's own parameters.
+        keep: whether to keep the steps.
+
+    Attributes:
+        kept: with ``keep``, the steps of each direction that has run: tensors ``[T, B, features]``,
+            or packed ``[N, features]``.
+    """
+
+    def __init__(self, layer: Any, own: list[dict[str, Tensor]], keep: bool) -> None:
+        self.kept: list[Step] = []
+        self._layer = layer
+        self._own = iter(own)
+        self._keep = keep
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor,
+        c_0: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        weight_hr: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cell: Cell = lstm_cell
+        if self._layer is None:
+            x_proj = project(x, weight_ih, bias)  # [T, B, 4H] or [N, 4H]
+        else:
+            shared = {"weight_ih": weight_ih, "bias": bias, **next(self._own)}
+            w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared)
+            x_proj = self._layer.project(x, w)
+            cell = _adapt(self._layer.cell, shared, self._layer.per_sequence(h_0, c_0))
+        scanned = may_scan()
+        loop = scan_loop(cell) if scanned else gate_loop(cell)
+        output, h_n, c_n, steps = loop(
+            x_proj, batch_sizes, h_0, c_0, weight_hh, weight_hr, reverse, self._keep
+        )
+        if self._keep:
+            packed = batch_sizes is not None
+            self.kept.append(steps[0] if scanned else _join(steps, packed, output, c_0))
+        return output, h_n, c_n
+
+
+def _adapt(cell: Callable[..., Step], shared: dict[str, Any], per_sequence: dict[str, Tensor]) -> Cell:
+    """The layer's cell, as the loop calls it."""
+
+    def adapted(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> Step:
+        b = x_t.size(0)
+        drawn = {name: t if t.size(0) == b else t[:b] for name, t in per_sequence.items()}
+        w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared, **drawn)
+        step = cell(x_t, h, c, w)
+        if not isinstance(step, Step):
+            raise TypeError(f"cell should return a Step, but got {type(step).__name__}")
+        return step
+
+    return adapted
+
+
+def _join(steps: list[Step], packed: bool, output: Tensor, c_0: Tensor) -> Step:
+    """All steps in one: ``[T, B, features]`` or packed ``[N, features]``."""
+    if not steps:
+        empty = output.new_empty(*output.shape[:-1], c_0.size(-1))
+        return Step(empty, empty, empty, empty, empty, empty, output)
+    join = torch.cat if packed else torch.stack
+    return Step(*(join(part) for part in zip(*steps)))
+
+
+class Unrolled(NamedTuple):
+    """What :meth:`ManualLSTM.unroll` returns: the layer's answer, and all that it was made of.
+
+    Every field from ``i`` on holds one sequence for each layer and direction, in nn.LSTM's order:
+    that of direction ``d`` in layer ``l`` is the ``l * D + d``-th. Each is in the input's layout,
+    ``[T, B, features]``, with ``batch_first`` ``[B, T, features]``, unbatched ``[T, features]``, or
+    a PackedSequence. Index t means the input's step t, in the backward direction too.
+
+    Attributes:
+        output: as :meth:`ManualLSTM.forward` returns it.
+        states: the pair of h_n and c_n, likewise.
+        i: the input gate, with H features.
+        f: the forget gate, with H features.
+        g: the cell gate, with H features.
+        o: the output gate, with H features.
+        c: the cell state after the step, with H features.
+        m: the hidden state after the step before its projection, with H features.
+        h: the hidden state after the step, with P features. Without ``proj_size``, this is m.
+    """
+
+    output: _Sequence
+    states: tuple[Tensor, Tensor]
+    i: tuple[_Sequence, ...]
+    f: tuple[_Sequence, ...]
+    g: tuple[_Sequence, ...]
+    o: tuple[_Sequence, ...]
+    c: tuple[_Sequence, ...]
+    m: tuple[_Sequence, ...]
+    h: tuple[_Sequence, ...]
+
+    def after(self, t: int) -> tuple[Tensor, Tensor]:
+        """Return the states after step ``t``: the ``hx`` to go on from step ``t + 1`` with.
+
+        Not for the backward direction, which has come from the other end.
+
+        Args:
+            t: the step, of dense input. From the end where negative, as in an index.
+
+        Returns:
+            h, ``[L * D, B, P or H]``, and c, ``[L * D, B, H]``, without B where the input has none.
+
+        Raises:
+            TypeError: the input was a PackedSequence: its sequences end at steps of their own.
+            IndexError: there is no such step.
+        """
+        if isinstance(self.output, PackedSequence):
+            raise TypeError("after should be asked of dense input, but the input was a PackedSequence")
+        dim = self._time_dim()
+        T = self.output.size(dim)
+        if not -T <= t < T:
+            raise IndexError(f"t should be a step of the {T} that there are, but got {t}")
+        h, c = (torch.stack([part.select(dim, t) for part in parts]) for parts in (self.h, self.c))  # type: ignore[union-attr]
+        return h, c
+
+    def plot(
+        self, sample: int = 0, direction: int = 0, labels: Sequence[str] | None = None
+    ) -> "Figure":
+        """Draw the gates and states of one sample as heat maps over time, one panel each.
+
+        Units are in rows, sorted by when they are most active, steps in columns.
+
+        Args:
+            sample: which of the batch.
+            direction: which layer and direction, ``l * D + d``.
+            labels: what to write below the steps: the characters of a text, for one.
+
+        Returns:
+            The figure: ``.savefig("gates.png")`` writes it to a file, a notebook shows it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plot draws with matplotlib: pip install matplotlib") from None
+
+        panels = {
+            "input gate i": (self.i, 0, 1, "viridis"),
+            "forget gate f": (self.f, 0, 1, "viridis"),
+            "cell gate g": (self.g, -1, 1, "RdBu_r"),
+            "output gate o": (self.o, 0, 1, "viridis"),
+            "cell state c": (self.c, None, None, "RdBu_r"),
+            "hidden state h": (self.h, -1, 1, "RdBu_r"),
+        }
+        values = {name: self._one(parts[direction], sample) for name, (parts, *_) in panels.items()}
+        order = values["cell state c"].abs().argmax(0).argsort()  # units, by their largest moment
+        T = len(order) and len(values["cell state c"])
+        figure = Figure(figsize=(max(6.0, min(0.16 * T + 2, 16.0)), 10), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True)
+        for axis, (name, (_, low, high, colours)) in zip(axes, panels.items()):
+            shown = values[name]
+            if shown.size(1) == len(order):  # a projection's features are others
+                shown = shown[:, order]
+            largest = float(shown.abs().max()) if shown.numel() else 1.0
+            limits = (-largest, largest) if low is None else (low, high)
+            image = axis.imshow(
+                shown.t().tolist(),
+                aspect="auto",
+                interpolation="nearest",
+                cmap=colours,
+                vmin=limits[0],
+                vmax=limits[1],
+            )
+            axis.set_ylabel(name)
+            axis.set_yticks([])
+            figure.colorbar(image, ax=axis, pad=0.01)
+        if labels is not None:
+            axes[-1].set_xticks(range(len(labels)), labels)
+        axes[-1].set_xlabel("step")
+        return figure
+
+    def _one(self, sequence: _Sequence, sample: int) -> Tensor:
+        """One sample of a sequence, ``[T, features]``, ready to be drawn."""
+        if isinstance(sequence, PackedSequence):
+            padded, lengths = pad_packed_sequence(sequence)
+            return padded[: lengths[sample], sample].detach().float().cpu()
+        if sequence.dim() == 3:
+            sequence = sequence.select(1 - self._time_dim(), sample)
+        return sequence.detach().float().cpu()
+
+    def _time_dim(self) -> int:
+        """The dimension of time in dense fields: not noted anywhere, but the last step shows it."""
+        c, c_n = self.c[0], self.states[1][0]
+        assert isinstance(c, Tensor)
+        if c.dim() == 2 or c.size(1) != c_n.size(0):
+            return 0 if c.dim() == 2 else 1
+        if c.size(0) != c_n.size(0):
+            return 0
+        return 0 if torch.equal(c[-1], c_n) else 1
