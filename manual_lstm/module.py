@@ -21,6 +21,7 @@ from manual_lstm.carry import manual_state, official_state, settle, why_not
 from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.context import is_tracing
 from manual_lstm.loop import project
+from manual_lstm.nested import Jagged
 from manual_lstm.opened import CellWeights, OpenLoop, Unrolled
 from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
 from manual_lstm.stack import DirectionWeights, lstm_stack
@@ -60,7 +61,8 @@ class ManualLSTM(nn.Module):
 
     Shape:
         - input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
-          :class:`~torch.nn.utils.rnn.PackedSequence`; of the parameters' dtype and device.
+          :class:`~torch.nn.utils.rnn.PackedSequence`; of the parameters' dtype and device. Also a
+          nested tensor of layout ``torch.jagged``, ``[B, j, I]`` whatever ``batch_first`` says.
         - hx: ``None`` for zeros, or the pair of h_0, ``[L * D, B, P or H]``, and c_0,
           ``[L * D, B, H]``; without B where the input has none.
         - output: as the input, with ``D * (P or H)`` features.
@@ -307,6 +309,8 @@ class ManualLSTM(nn.Module):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, keep: bool
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], list[list[Any]]]:
         """Run the layer: the output, the states, and with ``keep`` each direction's steps."""
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._call_nested(input, hx, keep)
         # Each weight is read once: a parametrized one, no Parameter, is computed at every reading.
         parameters = self._parameters
         weights: list[Tensor] = [
@@ -361,6 +365,33 @@ class ManualLSTM(nn.Module):
         elif not batched:
             h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
         return leave(output), (h_n, c_n), [[leave(part) for part in step] for step in kept]
+
+    def _call_nested(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[list[Any]]]:
+        """Run the layer on a nested tensor, packed; an empty sequence keeps its states."""
+        if input.layout != torch.jagged or input.dim() != 3 or input.size(-1) != self.input_size:
+            raise ValueError(
+                f"a nested input should be [B, j, {self.input_size}] of layout torch.jagged, "
+                f"but got {list(input.shape) if input.layout == torch.jagged else input.dim()} "
+                f"of layout {input.layout}"
+            )
+        jagged = Jagged(input)
+        L, H = len(self._weight_names), self.hidden_size
+        expected_h, expected_c = (L, jagged.B, self.proj_size or H), (L, jagged.B, H)
+        if hx is None:
+            data = jagged.packed.data
+            h_0, c_0 = data.new_zeros(expected_h), data.new_zeros(expected_c)
+        else:
+            h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
+            self.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
+            self.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
+        states = self.permute_hidden((h_0, c_0), jagged.order)
+        output, (h_n, c_n), kept = self._call(jagged.packed, states, keep)
+        h_n = h_0.to(h_n.dtype).index_copy(1, jagged.order, h_n)
+        c_n = c_0.to(c_n.dtype).index_copy(1, jagged.order, c_n)
+        nested = [[jagged.nest(part) for part in step] for step in kept]
+        return jagged.nest(cast(PackedSequence, output)), (h_n, c_n), nested
 
     def _run(
         self,
