@@ -318,7 +318,8 @@ class ManualLSTM(nn.Module):
             for names in self._weight_names
             for name in names
         ]
-        own = [getattr(self, name) for names in self._own_names for name in names.values()]
+        if self._own_names:
+            weights += [getattr(self, name) for names in self._own_names for name in names.values()]
         batch_dim = 0 if self.batch_first else 1
         batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -350,7 +351,7 @@ class ManualLSTM(nn.Module):
 
         if batch_sizes is None and self.batch_first:
             x = x.transpose(0, 1)
-        output, h_n, c_n, kept = self._run(x, batch_sizes, h_0, c_0, weights, own, keep)
+        output, h_n, c_n, kept = self._run(x, batch_sizes, h_0, c_0, weights, keep)
 
         def leave(sequence: Tensor) -> Any:
             """From steps to what the caller gave."""
@@ -400,42 +401,33 @@ class ManualLSTM(nn.Module):
         h_0: Tensor,
         c_0: Tensor,
         weights: list[Tensor],
-        own: list[Tensor],
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
         """From steps to steps: settle the dtypes, then run the stack."""
-        tensors = [x, h_0, c_0, *weights, *own]
+        tensors = [x, h_0, c_0, *weights]
         cast_to = autocast_dtype(x.device)
         if cast_to is not None:
             tensors = [autocast(tensor, cast_to) for tensor in tensors]
         self._check_alike(tensors)
         dtype = tensors[3].dtype
         compute = compute_dtype(dtype)
-        as_is = cast_to is None and compute == dtype
-        if not as_is:
-            packed, projected = batch_sizes is not None, self.proj_size > 0
-            h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
-            x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
-            own = weights[len(weights) - len(own) :]
-        changed = self._cell_is_changed()
-        loop = None
-        if changed or keep:
-            loop = OpenLoop(self if changed else None, self._by_direction(own), keep)
+        dropout = self.dropout if self.training else 0.0
+        if cast_to is None and compute == dtype:
+            loop = self._open_loop(weights, keep)
+            results = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop)
+            return *results, [] if loop is None else loop.kept
+
+        packed, projected = batch_sizes is not None, self.proj_size > 0
+        h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
+        x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
+        loop = self._open_loop(weights, keep)
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
             output, h_n, c_n = lstm_stack(
-                x,
-                batch_sizes,
-                h_0,
-                c_0,
-                self._layers(weights),
-                self.dropout if self.training else 0.0,
-                loop,
+                x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop
             )
-        kept = [] if loop is None else loop.kept
-        if as_is:
-            return output, h_n, c_n, kept
         kept = [
-            Step(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype)) for step in kept
+            Step(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
+            for step in ([] if loop is None else loop.kept)
         ]
         return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), kept
 
@@ -537,8 +529,21 @@ class ManualLSTM(nn.Module):
 
     def _cell_is_changed(self) -> bool:
         cls = type(self)
-        methods = cls.cell, cls.per_sequence, cls.project
-        return methods != _METHODS or not _NAMES.isdisjoint(self.__dict__)
+        return (
+            cls.cell is not _CELL
+            or cls.project is not _PROJECT
+            or cls.per_sequence is not _PER_SEQUENCE
+            or not _NAMES.isdisjoint(self.__dict__)
+        )
+
+    def _open_loop(self, weights: list[Tensor], keep: bool) -> OpenLoop | None:
+        """The loop of a changed cell, or one that keeps the steps; ``None`` where neither is asked."""
+        changed = self._cell_is_changed()
+        if not changed and not keep:
+            return None
+        values = iter(weights[len(self._weight_names) * len(self._weight_names[0]) :])
+        own = [{kind: next(values) for kind in names} for names in self._own_names]
+        return OpenLoop(self if changed else None, own, keep)
 
     def _own_parameters(self) -> tuple[list[dict[str, str]], dict[str, Parameter]]:
         """The names of the cell's own parameters for each direction, and the parameters."""
@@ -559,13 +564,6 @@ class ManualLSTM(nn.Module):
                 value = value.detach().clone().to(device=like.device, dtype=like.dtype)
                 parameters[kind + suffix] = Parameter(value)
         return own_names, parameters
-
-    def _by_direction(self, own: list[Tensor]) -> list[dict[str, Tensor]]:
-        """The cell's own parameters for each direction, by the names that the cell has for them."""
-        values = iter(own)
-        if not self._own_names:
-            return [{} for _ in self._weight_names]
-        return [{kind: next(values) for kind in names} for names in self._own_names]
 
     # nn.LSTM's own checks, by its names: subclasses call and override them.
 
@@ -633,8 +631,8 @@ class ManualLSTM(nn.Module):
 
 
 # What a changed cell is told by.
-_METHODS = ManualLSTM.cell, ManualLSTM.per_sequence, ManualLSTM.project
-_NAMES = frozenset(method.__name__ for method in _METHODS)
+_CELL, _PROJECT, _PER_SEQUENCE = ManualLSTM.cell, ManualLSTM.project, ManualLSTM.per_sequence
+_NAMES = frozenset(("cell", "project", "per_sequence"))
 _TAKEN = frozenset(CellWeights.__annotations__)
 
 

@@ -49,7 +49,7 @@ class OpenLoop:
 
     Args:
         layer: a layer whose cell is changed, or ``None`` for the cell of ``cell.py``.
-        own: for each direction its cell's own parameters.
+        own: for each direction its cell's own parameters; empty where it has none.
         keep: whether to keep the steps.
 
     Attributes:
@@ -79,7 +79,7 @@ class OpenLoop:
         if self._layer is None:
             x_proj = project(x, weight_ih, bias)  # [T, B, 4H] or [N, 4H]
         else:
-            shared = {"weight_ih": weight_ih, "bias": bias, **next(self._own)}
+            shared = {"weight_ih": weight_ih, "bias": bias, **next(self._own, {})}
             w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared)
             x_proj = self._layer.project(x, w)
             cell = _adapt(self._layer.cell, shared, self._layer.per_sequence(h_0, c_0))
