@@ -43,9 +43,12 @@ def scan_loop(cell: Any) -> Loop:
     ) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
         rows = None if batch_sizes is None else _Rows(x, batch_sizes.to(x.device), h.size(0))
         present = [] if rows is None else [rows.present]  # [T, B, 1]
+        B = h.size(0)
 
         def one(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             h, c = state
+            if rows is None:  # AOTInductor sizes its results by what the step takes: B has to be there
+                h = h.expand(B, -1)
             step = cell(inputs[0], h, c, weight_hh, weight_hr)
             h_t, c_t = step.h, step.c
             if len(inputs) > 1:  # a sequence that is not under way waits
