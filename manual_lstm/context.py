@@ -22,6 +22,14 @@ _interpreters: Callable[[], list[Any] | None] | None = getattr(
 unwrap_if_dead: Callable[[Tensor], Tensor] = getattr(
     getattr(torch._C, "_functorch", None), "unwrap_if_dead", lambda tensor: tensor
 )
+# What tensors the operator takes: torch's own, or without their numbers, which it takes only together.
+_KINDS: list[set[type[Tensor]]] = [{Tensor, Parameter}]
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:
+    pass
+else:
+    _KINDS.append({FakeTensor})
 # Where the operator has been tried, or needs no kernel.
 _DEVICES = {"cpu", "cuda", "meta"}
 
@@ -31,7 +39,7 @@ def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
 
     Not where something has to see the steps: torch.func's transforms and forward-mode AD, which batch
     and differentiate them themselves; torch.jit.trace and torch.export, which look for a program of
-    torch's own operators; subclasses of Tensor, which know only those; and not on other devices.
+    torch's own operators; other subclasses of Tensor, which know only those; and not on other devices.
     Nor under autocast, which casts the plain loop's operations one by one (ManualLSTM casts, and
     switches it off, before it chooses).
     """
@@ -42,9 +50,12 @@ def _fusible(tensors: list[Tensor | None]) -> bool:
     """Whether the operator serves these tensors, but for torch.func's transforms."""
     if tensors[0] is not None and autocast_dtype(tensors[0].device) is not None:
         return False
-    return not (is_tracing() or is_exporting()) and all(
-        tensor is None or (type(tensor) in (Tensor, Parameter) and tensor.device.type in _DEVICES)
-        for tensor in tensors
+    present = [tensor for tensor in tensors if tensor is not None]
+    kinds = {type(tensor) for tensor in present}
+    return (
+        not (is_tracing() or is_exporting())
+        and any(kinds <= known for known in _KINDS)
+        and all(tensor.device.type in _DEVICES for tensor in present)
     )
 
 

@@ -68,7 +68,7 @@ def lstm_stack(
     """
     if run is None:
         T = (x if batch_sizes is None else batch_sizes).size(0)
-        run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers)))
+        run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers), [batch_sizes]))
     h_first = h_0.unbind(0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
     h_last: list[Tensor] = []
