@@ -620,8 +620,8 @@ class ManualLSTM(nn.Module):
         cell_size = self.get_expected_cell_size(input, batch_sizes)
         if batch_sizes is not None and torch.compiler.is_compiling():
             # B is an element of batch_sizes, and not known yet: the program itself has to look.
-            torch._check(hidden[0].size(1) == hidden_size[1])
-            torch._check(hidden[1].size(1) == cell_size[1])
+            torch._check(hidden[0].size(1) == hidden_size[1])  # type: ignore[no-untyped-call]
+            torch._check(hidden[1].size(1) == cell_size[1])  # type: ignore[no-untyped-call]
         self.check_hidden_size(hidden[0], hidden_size, "Expected h_0 of size {}, got {}")
         self.check_hidden_size(hidden[1], cell_size, "Expected c_0 of size {}, got {}")
 
