@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 # What each class keeps for itself. nn.LSTM: the names of its weights, and the weights once more.
-_MANUAL_ONLY = {"_weight_names", "_own_names"}
+_MANUAL_ONLY = {"_weight_names", "_own_names", "_sample_hooks"}
 _OFFICIAL_ONLY = {"_all_weights", "_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
 
 

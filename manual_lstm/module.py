@@ -7,6 +7,7 @@ Behind this file there are only steps: ``[T, B, features]``, or packed ``[N, fea
 import math
 import numbers
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain, pairwise
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from manual_lstm.carry import manual_state, official_state, settle, why_not
 from manual_lstm.cell import Step, lstm_cell
@@ -24,6 +26,7 @@ from manual_lstm.loop import project
 from manual_lstm.nested import Jagged
 from manual_lstm.opened import CellWeights, OpenLoop, Unrolled
 from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
+from manual_lstm.private import SampleLoop, active_owner, attach, opacus_owner
 from manual_lstm.stack import DirectionWeights, lstm_stack
 
 _Layer = TypeVar("_Layer", bound="ManualLSTM")
@@ -98,6 +101,8 @@ class ManualLSTM(nn.Module):
 
     # For each layer and direction the cell's own parameters, by the names that the cell has for them.
     _own_names: Sequence[dict[str, str]] = ()
+    # Opacus' hooks, by their handles.
+    _sample_hooks: dict[int, Any] | None = None
 
     mode: str
     input_size: int
@@ -275,6 +280,19 @@ class ManualLSTM(nn.Module):
         output, states, _ = self._call(input, hx, keep=False)
         return output, states
 
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """As :meth:`torch.nn.Module.register_forward_hook`; for Opacus' hooks see ``private.py``."""
+        owner = opacus_owner(hook)
+        if owner is None:
+            return super().register_forward_hook(hook, **options)
+        return attach(self, owner)
+
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As :meth:`torch.nn.Module.register_full_backward_hook`, but for Opacus' hooks, as above."""
+        if opacus_owner(hook) is None:
+            return super().register_full_backward_hook(hook, prepend)
+        return RemovableHandle(OrderedDict())  # the forward one has said it all
+
     def unroll(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> Unrolled:
@@ -306,9 +324,17 @@ class ManualLSTM(nn.Module):
         return Unrolled(output, states, *(tuple(part) for part in zip(*kept)))
 
     def _call(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, keep: bool
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None,
+        keep: bool,
+        order: tuple[Tensor, int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], list[list[Any]]]:
-        """Run the layer: the output, the states, and with ``keep`` each direction's steps."""
+        """Run the layer: the output, the states, and with ``keep`` each direction's steps.
+
+        Args:
+            order: which of how many samples the sequences of a packed input are.
+        """
         if isinstance(input, Tensor) and input.is_nested:
             return self._call_nested(input, hx, keep)
         # Each weight is read once: a parametrized one, no Parameter, is computed at every reading.
@@ -351,7 +377,9 @@ class ManualLSTM(nn.Module):
 
         if batch_sizes is None and self.batch_first:
             x = x.transpose(0, 1)
-        output, h_n, c_n, kept = self._run(x, batch_sizes, h_0, c_0, weights, keep)
+        output, h_n, c_n, kept = self._run(
+            x, batch_sizes, h_0, c_0, weights, keep, order or (sorted_indices, h_0.size(1))
+        )
 
         def leave(sequence: Tensor) -> Any:
             """From steps to what the caller gave."""
@@ -388,7 +416,9 @@ class ManualLSTM(nn.Module):
             self.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
             self.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
         states = self.permute_hidden((h_0, c_0), jagged.order)
-        output, (h_n, c_n), kept = self._call(jagged.packed, states, keep)
+        output, (h_n, c_n), kept = self._call(
+            jagged.packed, states, keep, order=(jagged.order, jagged.B)
+        )
         h_n = h_0.to(h_n.dtype).index_copy(1, jagged.order, h_n)
         c_n = c_0.to(c_n.dtype).index_copy(1, jagged.order, c_n)
         nested = [[jagged.nest(part) for part in step] for step in kept]
@@ -402,6 +432,7 @@ class ManualLSTM(nn.Module):
         c_0: Tensor,
         weights: list[Tensor],
         keep: bool,
+        order: tuple[Tensor | None, int],
     ) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
         """From steps to steps: settle the dtypes, then run the stack."""
         tensors = [x, h_0, c_0, *weights]
@@ -413,21 +444,21 @@ class ManualLSTM(nn.Module):
         compute = compute_dtype(dtype)
         dropout = self.dropout if self.training else 0.0
         if cast_to is None and compute == dtype:
-            loop = self._open_loop(weights, keep)
+            loop = self._open_loop(weights, keep, order)
             results = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop)
-            return *results, [] if loop is None else loop.kept
+            return *results, loop.kept if isinstance(loop, OpenLoop) else []
 
         packed, projected = batch_sizes is not None, self.proj_size > 0
         h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
         x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
-        loop = self._open_loop(weights, keep)
+        loop = self._open_loop(weights, keep, order)
         with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
             output, h_n, c_n = lstm_stack(
                 x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop
             )
         kept = [
             Step(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
-            for step in ([] if loop is None else loop.kept)
+            for step in (loop.kept if isinstance(loop, OpenLoop) else [])
         ]
         return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), kept
 
@@ -536,9 +567,19 @@ class ManualLSTM(nn.Module):
             or not _NAMES.isdisjoint(self.__dict__)
         )
 
-    def _open_loop(self, weights: list[Tensor], keep: bool) -> OpenLoop | None:
-        """The loop of a changed cell, or one that keeps the steps; ``None`` where neither is asked."""
+    def _open_loop(
+        self, weights: list[Tensor], keep: bool, order: tuple[Tensor | None, int]
+    ) -> OpenLoop | SampleLoop | None:
+        """The loop that a changed cell, kept steps or Opacus ask for; ``None`` where nothing does."""
         changed = self._cell_is_changed()
+        owner = None if self._sample_hooks is None else active_owner(self)
+        if owner is not None:
+            if changed or keep:
+                raise NotImplementedError(
+                    "under Opacus the layer should run forward with the cell of nn.LSTM, but got "
+                    f"{'a changed cell' if changed else 'unroll'}; vmap(grad(...)) takes both"
+                )
+            return SampleLoop(self, owner, order[1], order[0])
         if not changed and not keep:
             return None
         values = iter(weights[len(self._weight_names) * len(self._weight_names[0]) :])

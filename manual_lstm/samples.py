@@ -19,7 +19,7 @@ from manual_lstm.loop import plain_direction
 
 # The arguments of a direction, in order; of these two no gradient is asked.
 _BATCH_SIZES, _REVERSE = 1, 8
-_ALL, _STATES = [True] * 7, [True] * 3 + [False] * 4  # the gradients of x, h_0, c_0; and the weights'
+_ALL, STATES = [True] * 7, [True] * 3 + [False] * 4  # the gradients of x, h_0, c_0; and the weights'
 
 
 class _Direction(torch.autograd.Function):
@@ -64,14 +64,14 @@ class _Backward(torch.autograd.Function):
     def forward(v: int | None, *arguments: Any) -> Any:
         if v is None:
             return tuple(direction_backward(*arguments, _ALL)[:7])
-        *states, _, _, _, _, da, h, d_h = direction_backward(*arguments, _STATES, True)
+        *states, _, _, _, _, da, h, d_h = direction_backward(*arguments, STATES, True)
         x, weight_hr, gates, cells = arguments[3], arguments[10], *arguments[-2:]
-        d_ih = _sums(da, x.reshape(-1, x.size(-1)), v)
+        d_ih = sample_sums(da, x.reshape(-1, x.size(-1)), v)
         d_hr = da.new_empty(v, 0)
         if weight_hr is not None:
-            d_hr = _sums(d_h, gates[3] * torch.tanh(cells), v)
+            d_hr = sample_sums(d_h, gates[3] * torch.tanh(cells), v)
         d_bias = _unfold(da, v).sum(0)
-        return *states, d_ih, _sums(da, h, v), d_bias, d_hr
+        return *states, d_ih, sample_sums(da, h, v), d_bias, d_hr
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -169,7 +169,7 @@ def _unfold(tensor: Tensor, v: int) -> Tensor:
     return tensor.reshape(*before, rows // v, v, features)
 
 
-def _sums(left: Tensor, right: Tensor, v: int) -> Tensor:
+def sample_sums(left: Tensor, right: Tensor, v: int) -> Tensor:
     """Each sample's sum of its rows' outer products: ``[N * v, a], [N * v, b]`` to ``[v, a, b]``."""
     return torch.bmm(_unfold(left, v).permute(1, 2, 0), _unfold(right.conj(), v).transpose(0, 1))
 
