@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, memory, precision, scaling, speed, targets
+from benchmarks import machine, memory, per_sample, precision, scaling, speed, targets
 from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [memory.PEAK]:
-        memory.measure_here(argv[1])
+        memory.measure_here(argv[1], {**memory.WHO, **per_sample.WHO})
         return 0
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["speed", *argv]
@@ -111,6 +111,17 @@ def _precision(
     return 0
 
 
+def _per_sample(
+    arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
+) -> int:
+    if not PEERS["opacus"].installed():
+        print("Opacus, which this compares with, is not installed: pip install opacus", file=sys.stderr)
+        return 1
+    cases = arguments.shapes or per_sample.CASES
+    results.extend(per_sample.show(cases, _effort(arguments, 20.0, 5), settings))
+    return 0
+
+
 def _effort(arguments: argparse.Namespace, seconds: float, rounds: int) -> Effort:
     """What was asked for, or these."""
     return Effort(
@@ -174,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
         default=("float32", "bfloat16"),
         help=f"of: {', '.join(DTYPES)}; float32,bfloat16 by default",
     )
+    _shapes(command)
+    _timing(command)
+
+    command = _command(commands, "per-sample", _per_sample, "gradients for every sample, and Opacus'")
     _shapes(command)
     _timing(command)
     return parser

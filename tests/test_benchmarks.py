@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contenders, memory, speed, targets
+from benchmarks import contenders, memory, per_sample, speed, targets
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Group
 from benchmarks.contenders import PEERS, Contender, Peer, answer, check, official, ours
@@ -264,3 +264,23 @@ def test_the_notebooks_function_is_left_out_where_its_tiles_do_not_fit() -> None
 
 def test_opacus_counts_as_installed_only_where_it_is() -> None:
     assert PEERS["opacus"].installed() == (importlib.util.find_spec("opacus") is not None)
+
+
+@pytest.mark.skipif(not PEERS["opacus"].installed(), reason="needs opacus")
+def test_the_table_of_per_sample_gradients(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "figures.json"
+    assert main(["per-sample", *TINY, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["who"] for row in rows] == list(per_sample.WHO)
+    assert all(row["gap"] < 1e-5 and row["bytes"] is not None for row in rows)
+    assert rows[0]["ratio"] == 1.0
+    printed = capsys.readouterr().out
+    assert all(who in printed for who in per_sample.WHO)
+
+
+def test_per_sample_gradients_say_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(Peer, "installed", lambda peer: False)
+    assert main(["per-sample", *TINY]) == 1
+    assert "pip install opacus" in capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""Per-sample gradients: ManualLSTM's by torch.func and under Opacus, beside Opacus' own DPLSTM."""
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from benchmarks.cases import Case
+from benchmarks.contenders import Contender
+from benchmarks.memory import peak
+from benchmarks.table import Column, Table, megabytes, times
+from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.workload import TRAINING, Settings, Workload
+from manual_lstm import ManualLSTM
+
+PEER, FUNC, OPACUS = "DPLSTM", "vmap(grad)", "ManualLSTM under Opacus"
+CASES = (Case(50, 64, 64, 128), Case(100, 16, 256, 256))
+TARGET = 1.0  # the most of DPLSTM's time and memory
+
+
+class PerSample(Contender):
+    """One that computes the gradient of every sample, ``[B, ...]`` for each parameter."""
+
+    gradients: Callable[[], list[Tensor]]
+
+    def training(self) -> Tensor:
+        """All of them in one, to be compared."""
+        return torch.cat([gradient.flatten() for gradient in self.gradients()])
+
+    def step(self, mode: str) -> Callable[[], Any]:
+        return self.gradients
+
+
+def _by_func(w: Workload) -> PerSample:
+    layer = ManualLSTM.from_lstm(w.lstm)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = w.x
+    assert isinstance(x, Tensor)
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        output: Tensor = functional_call(layer, parameters, (sample.unsqueeze(1),))[0]
+        return output.sum()
+
+    of_every_sample = vmap(grad(loss), in_dims=(None, 1))
+    contender = PerSample(lambda x: x, x, list(parameters.values()))
+    contender.gradients = lambda: list(of_every_sample(parameters, x).values())
+    return contender
+
+
+def _by_opacus(make: Callable[[Workload], Any]) -> Callable[[Workload], PerSample]:
+    def build(w: Workload) -> PerSample:
+        assert isinstance(w.x, Tensor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grad_sample = importlib.import_module("opacus.grad_sample")
+            layer = make(w).to(w.settings.device, w.settings.dtype)
+            model = grad_sample.GradSampleModule(layer, batch_first=False, loss_reduction="sum")
+        # DPLSTM's parameters lie in modules of its own; its state dict has nn.LSTM's names.
+        weights = layer.state_dict(keep_vars=True)
+        parameters = [weights[name] for name, _ in w.lstm.named_parameters()]
+
+        def gradients() -> list[Tensor]:
+            for parameter in parameters:
+                parameter.grad = parameter.grad_sample = None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the input, which needs no gradient
+                model(w.x)[0].sum().backward()
+            return [parameter.grad_sample for parameter in parameters]
+
+        contender = PerSample(lambda x: x, w.x, parameters)
+        contender.gradients = gradients
+        return contender
+
+    return build
+
+
+def _dplstm(w: Workload) -> Any:
+    layer = importlib.import_module("opacus.layers").DPLSTM(
+        w.case.I, w.case.H, w.case.layers, bidirectional=w.case.bidirectional
+    )
+    layer.load_state_dict(w.lstm.state_dict())
+    return layer
+
+
+WHO: dict[str, Callable[[Workload], Contender]] = {
+    PEER: _by_opacus(_dplstm),
+    FUNC: _by_func,
+    OPACUS: _by_opacus(lambda w: ManualLSTM.from_lstm(w.lstm)),
+}
+
+
+def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterator[dict[str, object]]:
+    """Print the table; yields what was measured, row by row."""
+    print("Gradients of output.sum() by every parameter for every sample; gap: the largest difference.")
+    print("ratio: as a multiple of DPLSTM's, in Opacus' GradSampleModule, in the same run.\n")
+    table = Table(
+        [
+            Column("", "T,B,I,H", 17),
+            Column("", "who", 25),
+            Column("", "ms", 8),
+            Column("", "ratio", 7),
+            Column("", "MB", 8),
+            Column("", "ratio", 7),
+            Column("", "gap", 9),
+            Column("target", f"{TARGET}", 9),
+        ]
+    )
+    for case in cases:
+        contenders = {who: make(Workload(case, settings)) for who, make in WHO.items()}
+        expected = contenders[PEER].training()
+        seconds = interleave(
+            {who: Runner(c.step(TRAINING)) for who, c in contenders.items()},
+            effort,
+            settings.threads,
+            settings.device,
+        )
+        peaks = {who: peak(case, TRAINING, who, settings) for who in WHO}
+        for who, contender in contenders.items():
+            time, memory = ratio(seconds, who, PEER), _quotient(peaks[who], peaks[PEER])
+            gap = float((contender.training() - expected).abs().max() / expected.abs().max())
+            milliseconds = f"{1000 * sorted(seconds[who])[len(seconds[who]) // 2]:.1f}"
+            met = time <= TARGET and (memory is None or memory <= TARGET)
+            verdict = "" if who == PEER else "met" if met else "MISSED"
+            megabyte = megabytes(peaks[who])
+            table.row(
+                [
+                    case.shape,
+                    who,
+                    milliseconds,
+                    times(time),
+                    megabyte,
+                    times(memory),
+                    f"{gap:.0e}",
+                    verdict,
+                ]
+            )
+            yield {
+                "case": str(case),
+                "who": who,
+                "seconds": seconds[who],
+                "ratio": time,
+                "bytes": peaks[who],
+                "memory_ratio": memory,
+                "gap": gap,
+            }
+
+
+def _quotient(our: float | None, theirs: float | None) -> float | None:
+    return our / theirs if our is not None and theirs else None
