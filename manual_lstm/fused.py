@@ -82,6 +82,8 @@ def direction(
     """
     steps = Steps(x, batch_sizes, reverse)
     sizes, N, (B, H) = steps.sizes, steps.starts[-1], c_0.shape
+    if sizes and sizes[0] != B:  # a compiled caller cannot look into batch_sizes
+        raise RuntimeError(f"h_0 and c_0 should have {sizes[0]} sequences, as the input, but got {B}")
     products = gate_products(weight_ih, weight_hh, bias, N, len(sizes))
     # Views are made for all steps at once, because one costs as much as a small operation.
     output = x.new_empty(*x.shape[:-1], h_0.size(1))

@@ -366,7 +366,7 @@ class ManualLSTM(nn.Module):
             h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
             c_0 = h_0  # never written to
             if self.proj_size:
-                c_0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
+                c_0 = x.new_zeros(*h_0.shape[:2], self.hidden_size)
         else:
             packed, indexed = batch_sizes is not None, batch_sizes is None or sorted_indices is not None
             h_0, c_0 = _as_pair(hx, 3 if batched else 2, packed, indexed)

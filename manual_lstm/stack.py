@@ -27,10 +27,11 @@ class DirectionWeights(NamedTuple):
     weight_hr: Tensor | None = None  # [P, H]
 
 
-def loop_for(T: int, tensors: Iterable[Tensor | None]) -> Direction:
+def loop_for(T: int | None, tensors: Iterable[Tensor | None]) -> Direction:
     """The loop that runs T steps of these tensors: the fused one wherever it may.
 
-    One step leaves nothing to fuse, and is mostly bookkeeping.
+    One step leaves nothing to fuse, and is mostly bookkeeping. T is None where only the operator can
+    know the steps' sizes.
     """
     if may_scan():
         return scan_direction
@@ -67,10 +68,12 @@ def lstm_stack(
         shaped like h_0 and c_0.
     """
     if run is None:
-        T = (x if batch_sizes is None else batch_sizes).size(0)
+        T: int | None = (x if batch_sizes is None else batch_sizes).size(0)
+        if batch_sizes is not None and torch.compiler.is_compiling():
+            T = None
         run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers), [batch_sizes]))
-    h_first = h_0.unbind(0)  # L * D times [B, P or H]
-    c_first = h_first if c_0 is h_0 else c_0.unbind(0)  # L * D times [B, H]
+    h_first = _rows(h_0)  # L * D times [B, P or H]
+    c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]
     h_last: list[Tensor] = []
     c_last: list[Tensor] = []
     for layer, directions in enumerate(layers):
@@ -98,3 +101,12 @@ def lstm_stack(
     if len(h_last) == 1:  # for one step of one layer, two copies are time worth saving
         return x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0)
     return x, torch.stack(h_last), torch.stack(c_last)
+
+
+def _rows(states: Tensor) -> tuple[Tensor, ...]:
+    """The states of each layer and direction."""
+    if not torch.compiler.is_compiling():
+        return states.unbind(0)
+    # AOTAutograd keeps what unbind returns and, where another has use for them, the states too.
+    # Inductor takes each for a tensor of its own, and may write to one before it has read the other.
+    return tuple(states.select(0, k) for k in range(states.size(0)))
