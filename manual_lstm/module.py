@@ -599,7 +599,7 @@ class ManualLSTM(nn.Module):
                     raise TypeError(
                         f"cell_parameters should return tensors, but {kind} is {type(value).__name__}"
                     )
-                if kind + suffix in (*weight_names, *self._parameters) or kind in _TAKEN:
+                if hasattr(self, kind + suffix) or kind in _TAKEN:
                     raise ValueError(f"cell_parameters should return new names, but got {kind!r}")
                 like = getattr(self, weight_names[0])
                 value = value.detach().clone().to(device=like.device, dtype=like.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from manual_lstm.cell import Step, lstm_cell
+from manual_lstm.context import is_exporting
 from manual_lstm.loop import Cell, gate_loop, project
 from manual_lstm.scan import may_scan, scan_loop
 
@@ -83,7 +84,8 @@ class OpenLoop:
             w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared)
             x_proj = self._layer.project(x, w)
             cell = _adapt(self._layer.cell, shared, self._layer.per_sequence(h_0, c_0))
-        scanned = may_scan()
+        # Compiled, the sizes of packed data are unknown, too.
+        scanned = may_scan() or (batch_sizes is not None and torch.compiler.is_compiling())
         loop = scan_loop(cell) if scanned else gate_loop(cell)
         output, h_n, c_n, steps = loop(
             x_proj, batch_sizes, h_0, c_0, weight_hh, weight_hr, reverse, self._keep
@@ -100,7 +102,12 @@ def _adapt(cell: Callable[..., Step], shared: dict[str, Any], per_sequence: dict
     def adapted(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> Step:
         b = x_t.size(0)
         drawn = {name: t if t.size(0) == b else t[:b] for name, t in per_sequence.items()}
-        w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared, **drawn)
+        own = shared
+        if is_exporting():
+            # A scan takes no tensor together with a view of it, and unpacking one (p, q = w.own)
+            # makes views outside of the scan, unless it is itself made in the step.
+            own = {name: t if t is None else t.view_as(t) for name, t in shared.items()}
+        w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **own, **drawn)
         step = cell(x_t, h, c, w)
         if not isinstance(step, Step):
             raise TypeError(f"cell should return a Step, but got {type(step).__name__}")

@@ -58,13 +58,28 @@ def scan_loop(cell: Any) -> Loop:
 
         x_steps = x if rows is None else rows.pad(x)  # [T, B, 4H]
         state = [h.clone(), c.clone()]
-        (h_n, c_n), stacked = _scan(one, state, [x_steps, *present], reverse=reverse)
+        scan = _scan if may_scan() else _unrolled_scan
+        (h_n, c_n), stacked = scan(one, state, [x_steps, *present], reverse=reverse)
         stacked = stacked if rows is None else [rows.pack(part) for part in stacked]
         if not keep:
             return stacked[0], h_n, c_n, []
         return stacked[-1], h_n, c_n, [Step(*stacked)]
 
     return loop
+
+
+def _unrolled_scan(
+    one: Any, state: list[Tensor], inputs: list[Tensor], reverse: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What scan does, step by step: where the length is known, but not how many go on at each step."""
+    made: list[list[Tensor]] = []
+    steps = [list(step) for step in zip(*(tensor.unbind(0) for tensor in inputs))]
+    for step in reversed(steps) if reverse else steps:
+        state, results = one(state, step)
+        made.append(results)
+    if reverse:
+        made.reverse()
+    return state, [torch.stack(parts) for parts in zip(*made)]
 
 
 class _Rows:
