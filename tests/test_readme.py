@@ -60,5 +60,6 @@ def test_the_docstrings_examples(module: ModuleType) -> None:
 
 def test_the_map_names_every_file() -> None:
     package = Path(manual_lstm.module.__file__).parent
-    named = set(re.findall(r"`manual_lstm/(\w+\.py)`", README))
-    assert named == {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"`manual_lstm/([\w/]+\.py)`", README))
+    files = {path.relative_to(package) for path in package.rglob("*.py")}
+    assert named == {path.as_posix() for path in files if path.name != "__init__.py"}
