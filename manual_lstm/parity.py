@@ -18,7 +18,7 @@ PARTS = ("output", "h_n", "c_n", "gradient")
 
 
 def run(
-    layer: LSTM, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
+    layer: nn.Module, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
 ) -> dict[str, Tensor]:
     """Run ``layer`` forwards and backwards.
 
@@ -27,10 +27,10 @@ def run(
         gradients of the input, h_0, c_0 and every parameter.
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    data = data.detach().clone().requires_grad_()
+    data = data.detach().requires_grad_()  # strided as it was
     wanted: dict[str, Tensor] = {"input": data}
     if hx is not None:
-        hx = (hx[0].detach().clone().requires_grad_(), hx[1].detach().clone().requires_grad_())
+        hx = (hx[0].detach().requires_grad_(), hx[1].detach().requires_grad_())
         wanted |= {"h_0": hx[0], "c_0": hx[1]}
     wanted |= dict(layer.named_parameters())
 

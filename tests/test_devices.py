@@ -7,8 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
-from tests.cases import DEVICES, Case, cases
-from tests.comparing import data
+from manual_lstm.testing import Case, cases
+from manual_lstm.testing.cases import DEVICES
+from manual_lstm.testing.comparing import data
 
 
 def _check_placement(case: Case, device: str) -> None:
@@ -52,7 +53,7 @@ def test_fake_cuda(case: Case) -> None:
     _check_placement(case, "cuda")
 
 
-@given(case=cases(dtypes=(torch.float32, torch.complex64), large=False, dropout=False))
+@given(case=cases(dtypes=(torch.float32, torch.complex64), large=False, without={"dropout"}))
 def test_meta(case: Case) -> None:
     case.device = "cpu"
     _check_placement(case, "meta")

@@ -8,65 +8,65 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from manual_lstm import ManualLSTM, lstm_forward
-from manual_lstm.parity import LSTM
+from manual_lstm.testing import mistakes
+from manual_lstm.testing.mistakes import UNSORTED, x
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
-# nn.LSTM has come to check more of its arguments; ManualLSTM checks what the newest does.
-OLDER = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
-
-# Each: positional and keyword arguments, and what the message must show.
-BAD_ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-    ((3, 4), {"bias": "yes"}, "'yes'"),
-    ((3, 4), {"bias": 1}, "bias .* 1"),
-    ((3, 4), {"batch_first": None}, "batch_first .* None"),
-    ((3.0, 4), {}, "input_size .* 3.0"),
-    ((3, 4.5), {}, "hidden_size .* 4.5"),
-    ((None, 4), {}, "input_size .* None"),
-    ((0, 4), {}, "input_size .* 0"),
-    ((-1, 4), {}, "input_size .* -1"),
-    ((3, 0), {}, "hidden_size .* 0"),
-    ((3, -4), {}, "hidden_size .* -4"),
-    ((3, 4, 0), {}, "num_layers .* 0"),
-    ((3, 4, -1), {}, "num_layers .* -1"),
-    ((3, 4, 1.5), {}, "num_layers .* 1.5"),
-    ((3, 4, "2"), {}, "num_layers .* '2'"),
-    ((3, 4, None), {}, "num_layers .* None"),
-    ((3, 4), {"proj_size": -1}, "proj_size .* -1"),
-    ((3, 4), {"proj_size": 4}, "proj_size .* smaller than hidden_size, 4, but got 4"),
-    ((3, 4), {"proj_size": 9}, "proj_size .* 9"),
-    ((3, 4), {"proj_size": 1.5}, "proj_size .* 1.5"),
-    ((3, 4), {"proj_size": "1"}, "proj_size .* '1'"),
-    ((3, 4), {"proj_size": None}, "proj_size .* None"),
-    ((3, 4), {"dropout": "0.5"}, "dropout .* '0.5'"),
-    ((3, 4), {"dropout": "much"}, "dropout .* 'much'"),
-    ((3, 4), {"dropout": None}, "dropout .* None"),
-    ((3, 4), {"dropout": True}, "dropout .* True"),
-    ((3, 4), {"dropout": -0.1}, "dropout .* -0.1"),
-    ((3, 4), {"dropout": 1.1}, "dropout .* 1.1"),
-    ((3, 4), {"dropout": float("nan")}, "dropout .* nan"),
-    ((3, 4), {"dropout": 1j}, "dropout .* 1j"),
-    ((3, 4), {"dropout": torch.tensor(0.5)}, "dropout .* tensor"),
-    ((3, 4), {"dropout": [0.5]}, r"dropout .* \[0.5\]"),
-    ((3, 4), {"dropout": 10**400}, "dropout .* 1000"),
-    ((3, 4), {"bias": "yes", "dropout": 2}, "dropout .* 2"),
-    ((3, 4), {"device": "nowhere"}, "nowhere"),
-    ((3, 4), {"device": 1.5}, "float"),
-    ((3, 4), {"dtype": torch.int64}, "floating point"),
-    ((3, 4), {"dtype": "float32"}, "str"),
-    ((3,), {}, "hidden_size"),
-    ((3, 4), {"width": 1}, "width"),
+# What the message shows for each of mistakes.ARGUMENTS, in their order.
+ARGUMENTS_SHOWN = [
+    "'yes'",
+    "bias .* 1",
+    "batch_first .* None",
+    "input_size .* 3.0",
+    "hidden_size .* 4.5",
+    "input_size .* None",
+    "input_size .* 0",
+    "input_size .* -1",
+    "hidden_size .* 0",
+    "hidden_size .* -4",
+    "num_layers .* 0",
+    "num_layers .* -1",
+    "num_layers .* 1.5",
+    "num_layers .* '2'",
+    "num_layers .* None",
+    "proj_size .* -1",
+    "proj_size .* smaller than hidden_size, 4, but got 4",
+    "proj_size .* 9",
+    "proj_size .* 1.5",
+    "proj_size .* '1'",
+    "proj_size .* None",
+    "dropout .* '0.5'",
+    "dropout .* 'much'",
+    "dropout .* None",
+    "dropout .* True",
+    "dropout .* -0.1",
+    "dropout .* 1.1",
+    "dropout .* nan",
+    "dropout .* 1j",
+    "dropout .* tensor",
+    r"dropout .* \[0.5\]",
+    "dropout .* 1000",
+    "dropout .* 2",
+    "nowhere",
+    "float",
+    "floating point",
+    "str",
+    "hidden_size",
+    "width",
 ]
 
 
-@pytest.mark.parametrize(("args", "kwargs", "shown"), BAD_ARGUMENTS, ids=str)
-def test_constructor(args: tuple[Any, ...], kwargs: dict[str, Any], shown: str) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "shown"), list(zip(mistakes.ARGUMENTS, ARGUMENTS_SHOWN, strict=True)), ids=str
+)
+def test_constructor(mistake: tuple[tuple[Any, ...], dict[str, Any]], shown: str) -> None:
+    args, kwargs = mistake
     with pytest.raises(Exception, match=f"(?s){shown}") as actual:
         ManualLSTM(*args, **kwargs)
-    if OLDER and ({*kwargs, args[0]} & {"bias", "batch_first", 0, -1}):
+    if mistakes.unsettled(args, kwargs):
         assert actual.type in (TypeError, ValueError)  # nn.LSTM did not look yet
         return
     with pytest.raises(Exception) as expected:  # noqa: PT011
@@ -92,85 +92,78 @@ def test_dropout_with_one_layer_warns_at_the_callers_line() -> None:
         ManualLSTM(3, 4)
 
 
-def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def packed(data: torch.Tensor, *sizes: int) -> PackedSequence:
-    return PackedSequence(data, torch.tensor(sizes))
-
-
-PACKED = pack_padded_sequence(x(5, 2, 3), [5, 3])
-UNSORTED = pack_padded_sequence(x(5, 2, 3), [3, 5], enforce_sorted=False)
-H1 = x(1, 2, 4)
-
-BAD_INPUTS: dict[str, tuple[Callable[[LSTM], Any], str]] = {
-    "a list": (lambda m: m([[1.0, 2.0, 3.0]]), "list"),
-    "an array": (lambda m: m(np.zeros((5, 2, 3))), "ndarray"),
-    "None": (lambda m: m(None), "NoneType"),
-    "1-D": (lambda m: m(x(3)), r"1-D: \[3\]"),
-    "4-D": (lambda m: m(x(1, 5, 2, 3)), "4-D"),
-    "features": (lambda m: m(x(5, 2, 4)), "3, but got 4"),
-    "features, unbatched": (lambda m: m(x(5, 7)), "3, but got 7"),
-    "int64": (lambda m: m(x(5, 2, 3, dtype=torch.int64)), "float32, but got torch.int64"),
-    "bool": (lambda m: m(x(5, 2, 3, dtype=torch.bool)), "torch.bool"),
-    "float64": (lambda m: m(x(5, 2, 3, dtype=torch.float64)), "float32, but got torch.float64"),
-    "complex": (lambda m: m(x(5, 2, 3, dtype=torch.complex64)), "torch.complex64"),
-    "on meta": (lambda m: m(x(5, 2, 3, device="meta")), "cpu, but got input of meta"),
-    "packed, float64": (lambda m: m(PACKED.to(torch.float64)), "torch.float64"),
-    "packed, features": (lambda m: m(packed(x(3, 4), 2, 1)), "3, but got 4"),
-    "packed, 3-D": (lambda m: m(packed(x(3, 1, 3), 2, 1)), "2 dimensions, but got 3"),
-    "packed, growing": (lambda m: m(packed(x(3, 3), 1, 2)), r"\[1, 2\]"),
-    "packed, too few rows": (lambda m: m(packed(x(2, 3), 2, 1)), "3 steps.* got 2"),
-    "packed, negative": (lambda m: m(packed(x(3, 3), 3, 1, -1)), r"\[3, 1, -1\]"),
-    "packed, int32 sizes": (
-        lambda m: m(PackedSequence(x(3, 3), torch.tensor([2, 1], dtype=torch.int32))),
-        "int64, but got .* torch.int32",
-    ),
-    "packed, float sizes": (lambda m: m(PackedSequence(x(3, 3), torch.tensor([2.0, 1.0]))), "float32"),
-    "packed, on meta": (
-        lambda m: m(PackedSequence(x(8, 3, device="meta"), PACKED.batch_sizes)),
-        "cpu, but got input of meta",
-    ),
-    "hx a tensor": (lambda m: m(x(5, 2, 3), x(2, 1, 2, 4)), "one tensor"),
-    "hx only h_0": (lambda m: m(x(5, 2, 3), H1), "one tensor"),
-    "hx of one": (lambda m: m(x(5, 2, 3), (H1,)), "1 elements"),
-    "hx of three": (lambda m: m(x(5, 2, 3), (H1, H1, H1)), "3 elements"),
-    "hx empty": (lambda m: m(x(5, 2, 3), ()), "0 elements"),
-    "hx of None": (lambda m: m(x(5, 2, 3), (None, None)), "NoneType, NoneType"),
-    "hx without c_0": (lambda m: m(x(5, 2, 3), (H1, None)), "Tensor, NoneType"),
-    "hx a number": (lambda m: m(x(5, 2, 3), 3), "int"),
-    "hx of arrays": (lambda m: m(x(5, 2, 3), (np.zeros((1, 2, 4)),) * 2), "ndarray"),
-    "hx 2-D": (lambda m: m(x(5, 2, 3), (x(2, 4), x(2, 4))), "2-D and 2-D"),
-    "hx 3-D, unbatched": (lambda m: m(x(5, 3), (x(1, 1, 4),) * 2), "3-D and 3-D"),
-    "h_0 2-D": (lambda m: m(x(5, 2, 3), (x(2, 4), H1)), "2-D and 3-D"),
-    "hx batch": (lambda m: m(x(5, 2, 3), (x(1, 3, 4),) * 2), r"\(1, 2, 4\), got \[1, 3, 4\]"),
-    "hx features": (lambda m: m(x(5, 2, 3), (x(1, 2, 5),) * 2), r"got \[1, 2, 5\]"),
-    "hx layers": (lambda m: m(x(5, 2, 3), (x(2, 2, 4),) * 2), r"got \[2, 2, 4\]"),
-    "c_0 features": (lambda m: m(x(5, 2, 3), (H1, x(1, 2, 5))), r"c_0 .* got \[1, 2, 5\]"),
-    "hx float64": (lambda m: m(x(5, 2, 3), (H1.double(), H1.double())), "h_0 of torch.float64"),
-    "h_0 float64": (lambda m: m(x(5, 2, 3), (H1.double(), H1)), "h_0 of torch.float64"),
-    "c_0 float64": (lambda m: m(x(5, 2, 3), (H1, H1.double())), "c_0 of torch.float64"),
-    "hx int64": (lambda m: m(x(5, 2, 3), (H1.long(), H1.long())), "h_0 of torch.int64"),
-    "hx on meta": (lambda m: m(x(5, 2, 3), (H1.to("meta"), H1)), "h_0 of meta"),
-    "packed, hx batch": (lambda m: m(PACKED, (x(1, 3, 4),) * 2), r"got \[1, 3, 4\]"),
-    "packed, hx batch of 1": (lambda m: m(PACKED, (x(1, 1, 4),) * 2), r"got \[1, 1, 4\]"),
-    "packed, hx features": (lambda m: m(PACKED, (x(1, 2, 5),) * 2), r"got \[1, 2, 5\]"),
-    "packed, hx layers": (lambda m: m(PACKED, (x(2, 2, 4),) * 2), r"got \[2, 2, 4\]"),
-    "packed, hx 2-D": (lambda m: m(PACKED, (x(2, 4),) * 2), "2-D and 2-D"),
-    "packed, hx float64": (lambda m: m(PACKED, (H1.double(),) * 2), "h_0 of torch.float64"),
-    "packed, hx a tensor": (lambda m: m(PACKED, x(2, 1, 2, 4)), "Tensor"),
-    "packed, hx of one": (lambda m: m(PACKED, (H1,)), "1 elements"),
-    "packed, hx of three": (lambda m: m(PACKED, (H1,) * 3), "3 elements"),
-    "packed, hx of None": (lambda m: m(PACKED, (None, None)), "NoneType"),
-    "unsorted, hx batch of 1": (lambda m: m(UNSORTED, (x(1, 1, 4),) * 2), r"got \[1, 1, 4\]"),
-    "unsorted, hx of one": (lambda m: m(UNSORTED, (H1,)), "1 elements"),
+# These need a package that nobody needs to test a layer.
+ARRAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "an array": lambda m: m(np.zeros((5, 2, 3))),
+    "hx of arrays": lambda m: m(x(5, 2, 3), (np.zeros((1, 2, 4)),) * 2),
+}
+CALLS = {**mistakes.CALLS, **ARRAYS}
+# What the message shows for each of the calls.
+CALLS_SHOWN = {
+    "a list": "list",
+    "an array": "ndarray",
+    "None": "NoneType",
+    "1-D": r"1-D: \[3\]",
+    "4-D": "4-D",
+    "features": "3, but got 4",
+    "unbatched, features": "3, but got 7",
+    "int64": "float32, but got torch.int64",
+    "bool": "torch.bool",
+    "float64": "float32, but got torch.float64",
+    "complex": "torch.complex64",
+    "on meta": "cpu, but got input of meta",
+    "packed, float64": "torch.float64",
+    "packed, features": "3, but got 4",
+    "packed, 3-D": "2 dimensions, but got 3",
+    "packed, growing": r"\[1, 2\]",
+    "packed, too few rows": "3 steps.* got 2",
+    "packed, negative": r"\[3, 1, -1\]",
+    "packed, int32 sizes": "int64, but got .* torch.int32",
+    "packed, float sizes": "float32",
+    "packed, on meta": "cpu, but got input of meta",
+    "hx a tensor": "one tensor",
+    "hx only h_0": "one tensor",
+    "hx of one": "1 elements",
+    "hx of three": "3 elements",
+    "hx empty": "0 elements",
+    "hx of None": "NoneType, NoneType",
+    "hx without c_0": "Tensor, NoneType",
+    "hx a number": "int",
+    "hx of arrays": "ndarray",
+    "hx 2-D": "2-D and 2-D",
+    "unbatched, hx 3-D": "3-D and 3-D",
+    "h_0 2-D": "2-D and 3-D",
+    "hx batch": r"\(1, 2, 4\), got \[1, 3, 4\]",
+    "hx features": r"got \[1, 2, 5\]",
+    "hx layers": r"got \[2, 2, 4\]",
+    "c_0 features": r"c_0 .* got \[1, 2, 5\]",
+    "hx float64": "h_0 of torch.float64",
+    "h_0 float64": "h_0 of torch.float64",
+    "c_0 float64": "c_0 of torch.float64",
+    "hx int64": "h_0 of torch.int64",
+    "hx on meta": "h_0 of meta",
+    "packed, hx batch": r"got \[1, 3, 4\]",
+    "packed, hx batch of 1": r"got \[1, 1, 4\]",
+    "packed, hx features": r"got \[1, 2, 5\]",
+    "packed, hx layers": r"got \[2, 2, 4\]",
+    "packed, hx 2-D": "2-D and 2-D",
+    "packed, hx float64": "h_0 of torch.float64",
+    "packed, hx a tensor": "Tensor",
+    "packed, hx of one": "1 elements",
+    "packed, hx of three": "3 elements",
+    "packed, hx of None": "NoneType",
+    "packed unsorted, hx batch of 1": r"got \[1, 1, 4\]",
+    "packed unsorted, hx of one": "1 elements",
 }
 
 
-@pytest.mark.parametrize("mistake", BAD_INPUTS)
+def test_every_call_has_its_message() -> None:
+    assert CALLS_SHOWN.keys() == CALLS.keys()
+
+
+@pytest.mark.parametrize("mistake", CALLS)
 def test_forward(mistake: str) -> None:
-    call, shown = BAD_INPUTS[mistake]
+    call, shown = CALLS[mistake], CALLS_SHOWN[mistake]
     layer = ManualLSTM(3, 4)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     with pytest.raises(Exception) as expected:  # noqa: PT011

@@ -18,8 +18,8 @@ from manual_lstm import ManualLSTM, fused, gemm, stack, steps
 from manual_lstm.context import may_fuse
 from manual_lstm.loop import plain_direction
 from manual_lstm.parity import run, twins
-from tests.cases import Case, cases
-from tests.comparing import assert_close, errors, results
+from manual_lstm.testing import Case, assert_same_layer, cases
+from manual_lstm.testing.comparing import assert_close, results
 
 # One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
 Arguments = tuple[Any, ...]
@@ -546,18 +546,11 @@ has_onednn = pytest.mark.skipif(
 
 
 @has_onednn
-@given(case=cases(dtypes=(torch.float32,), dropout=False))
+@given(case=cases(dtypes=(torch.float32,), devices=("cpu",)))
 def test_onednn_is_as_exact_as_nn_lstm(case: Case) -> None:
-    case.device = "cpu"
-    reference, layer = case.layers()
-    input, hx = case.input(), case.hx()
-    wide_hx = None if hx is None else (hx[0].double(), hx[1].double())
-    oracle = run(copy.deepcopy(reference).double(), input.to(torch.float64), wide_hx)
-    theirs = errors(reference, case, oracle)
+    reference, layer = case.pair(ManualLSTM)
     with onednn_everywhere():
-        ours = errors(layer, case, oracle)
-    for name, error in ours.items():
-        assert error <= 2 * theirs[name] + 16 * torch.finfo(torch.float32).eps, name
+        assert_same_layer(layer, reference, case)
 
 
 @has_onednn
@@ -603,9 +596,9 @@ def test_operators_that_do_not_exist_are_not_found() -> None:
     assert gemm.find_onednn("_linear_pointwise", "no_such_overload") is None
 
 
-@given(case=cases(large=False, dropout=False))
+@given(case=cases(large=False, without={"dropout"}))
 def test_the_layer_with_and_without_the_operator(case: Case) -> None:
-    _, layer = case.layers()
+    layer = case.layer(ManualLSTM)
     actual = results(layer, case)
     with plainly():
         expected = results(layer, case)

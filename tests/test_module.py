@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from manual_lstm import ManualLSTM
-from tests.cases import Case, cases
+from manual_lstm.testing import Case, cases
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -51,9 +51,9 @@ def test_same_parameters_from_the_same_seed(case: Case) -> None:
     assert layer.flatten_parameters() is None  # type: ignore[func-returns-value]
 
 
-@given(case=cases(large=False, dropout=False))
+@given(case=cases(large=False, without={"dropout"}))
 def test_checkpoints_load_both_ways(case: Case) -> None:
-    reference, layer = case.layers()
+    reference, layer = case.pair(ManualLSTM)
     checkpoint = reference.state_dict()
     from_meta = ManualLSTM(**case.options, dtype=case.dtype, device="meta")
     from_meta.load_state_dict(checkpoint, assign=True)

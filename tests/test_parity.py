@@ -6,32 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.parity import run, twins
-from tests.cases import Case, cases
-from tests.comparing import assert_close, data, errors, results
+from manual_lstm.testing import Case, assert_same_layer, cases
+from manual_lstm.testing.comparing import assert_close, data, errors, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
 @given(case=cases())
 def test_same_results_and_gradients_in_float64(case: Case) -> None:
-    reference, layer = case.layers()
-    assume(case.device != "mps")  # no float64 there
-    if case.device != "cpu":
-        reference.dropout = layer.dropout = 0.0  # cuDNN draws its own
-    assert_close(results(layer, case), results(reference, case), 1e-12)
+    reference, layer = case.pair(ManualLSTM)
+    assert_same_layer(layer, reference, case)
 
 
-@given(case=cases(dtypes=(torch.complex128,), large=False, dropout=False))
+@given(case=cases(dtypes=(torch.complex128,), devices=("cpu",), large=False, without={"dropout"}))
 def test_same_results_and_gradients_in_complex128(case: Case) -> None:
-    case.device = "cpu"
-    reference, layer = case.layers()
-    assert_close(results(layer, case), results(reference, case), 1e-9)  # tanh has poles there
+    reference, layer = case.pair(ManualLSTM)
+    assert_same_layer(layer, reference, case)
 
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,17 +35,16 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 def _errors_of_both(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     """The distance from a float64 oracle of our results, and of nn.LSTM's."""
-    reference, layer = case.layers()
-    input, hx = case.input(), case.hx()
-    wide_hx = None if hx is None else (hx[0].double(), hx[1].double())
-    oracle = run(copy.deepcopy(reference).double(), input.to(torch.float64), wide_hx)
-    return errors(layer, case, oracle), errors(reference, case, oracle)
+    reference, layer = case.pair(ManualLSTM)
+    exact = oracle(reference, case)
+    return errors(layer, case, exact), errors(reference, case, exact)
 
 
-@given(case=cases(dtypes=NARROW, dropout=False))
+@given(case=cases(dtypes=NARROW, devices=("cpu",)))
 def test_no_drawn_case_is_far_less_exact_than_nn_lstm(case: Case) -> None:
     # A single small case is a draw of the lot for both layers; the averages below are the measure.
-    assume(case.device == "cpu")
+    reference, layer = case.pair(ManualLSTM)
+    assert_same_layer(layer, reference, case)
     ours, theirs = _errors_of_both(case)
     for name, error in ours.items():
         assert error <= 2 * theirs[name] + 16 * torch.finfo(case.dtype).eps, (name, error, theirs[name])
@@ -106,7 +101,7 @@ def test_large_layers_have_at_most_twice_nn_lstms_error(
 
 @given(case=cases(dtypes=(torch.float32, torch.float64, torch.bfloat16), large=False))
 def test_same_form_of_the_output(case: Case) -> None:
-    reference, layer = case.layers()
+    reference, layer = case.pair(ManualLSTM)
     expected, expected_states = reference(case.input(), case.hx())
     actual, actual_states = layer(case.input(), case.hx())
     assert type(actual) is type(expected)
@@ -124,9 +119,9 @@ def test_same_form_of_the_output(case: Case) -> None:
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
-@given(case=cases(large=False, dropout=False))
+@given(case=cases(large=False, without={"dropout"}))
 def test_gradients_from_each_result_alone_and_with_frozen_parameters(case: Case) -> None:
-    reference, layer = case.layers()
+    reference, layer = case.pair(ManualLSTM)
     frozen = [k % 3 == case.seed % 3 for k, _ in enumerate(reference.parameters())]
     for lstm in (reference, layer):
         for parameter, freeze in zip(lstm.parameters(), frozen):

@@ -26,7 +26,7 @@ from manual_lstm import ManualLSTM, SwapCandidate, find_lstm, replace_lstm, rest
 from manual_lstm import module as module_module
 from manual_lstm import swap as swap_module
 from manual_lstm.parity import difference
-from tests.comparing import assert_close
+from manual_lstm.testing.comparing import assert_close
 from tests.trees import Tree, trees
 
 pytestmark = [

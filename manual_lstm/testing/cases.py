@@ -1,0 +1,247 @@
+"""Whole cases, drawn: a constructor, an input, a state, a dtype, a device, a mode."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+DEVICES: tuple[str, ...] = ("cpu",)
+if torch.cuda.is_available():
+    DEVICES += ("cuda",)
+if torch.backends.mps.is_available():
+    DEVICES += ("mps",)
+
+Input = Tensor | PackedSequence
+State = tuple[Tensor, Tensor]
+# What makes a layer: a class with nn.LSTM's arguments, or a function of them.
+Factory = Callable[..., nn.Module]
+# What gives a layer (the first argument) the weights of an nn.LSTM (the second).
+Load = Callable[[nn.Module, nn.LSTM], object]
+
+# nn.LSTM's arguments but for the sizes, and their defaults.
+OPTIONS: dict[str, Any] = {
+    "num_layers": 1,
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+    "proj_size": 0,
+}
+FORMS = ("dense", "unbatched", "packed", "packed unsorted", "packed by hand")
+LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
+# What a layer may lack. "packed" is all three of its forms, "strides" every layout but the first.
+FEATURES = (*OPTIONS, "hx", *FORMS[1:], "batch of 0", "strides")
+
+
+def load_state_dict(layer: nn.Module, reference: nn.LSTM) -> None:
+    """Give ``layer`` the weights of ``reference``, by nn.LSTM's names."""
+    layer.load_state_dict(reference.state_dict())
+
+
+@dataclass
+class Case:
+    """One drawn case: all that a layer is made of, called with and run in.
+
+    Tensors are made from ``seed``, so a failing case prints short, and what is printed makes it
+    again. Every call makes equal ones.
+
+    Args:
+        options: nn.LSTM's arguments from ``input_size`` to ``proj_size``, all of them, by name.
+        form: ``"dense"``, ``"unbatched"``, ``"packed"``, ``"packed unsorted"`` or ``"packed by
+            hand"`` (a PackedSequence of data and batch_sizes alone).
+        lengths: the steps of each sequence. A dense input's are T, B times.
+        layout: how the input lies in memory: ``"contiguous"``, ``"transposed"``, ``"expanded"``
+            or ``"sliced"``.
+        with_hx: whether initial states are given.
+        training: whether the layer is in training mode.
+        dtype: of parameters, input and states.
+        device: of the same.
+        seed: what parameters, input, states and dropout are drawn from.
+
+    Example:
+        >>> case = Case({"input_size": 3, "hidden_size": 4, **OPTIONS}, "dense", [5, 5])
+        >>> case.input().shape
+        torch.Size([5, 2, 3])
+        >>> case.layer(nn.LSTM)
+        LSTM(3, 4)
+    """
+
+    options: dict[str, Any]
+    form: str
+    lengths: list[int]
+    layout: str = "contiguous"
+    with_hx: bool = False
+    training: bool = True
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    seed: int = 0
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are not nn.LSTM's defaults: a class never sees an option it lacks."""
+        return {name: self.options[name] for name in OPTIONS if self.options[name] != OPTIONS[name]}
+
+    def layer(self, factory: Factory) -> nn.Module:
+        """Make the layer of this case, its parameters drawn from the seed.
+
+        Args:
+            factory: is called with the two sizes, then by name with the options that are not at
+                their default, ``dtype`` and ``device``.
+        """
+        torch.manual_seed(self.seed)
+        sizes = self.options["input_size"], self.options["hidden_size"]
+        layer = factory(*sizes, **self.given, dtype=self.dtype, device=self.device)
+        return layer.train(self.training)
+
+    def pair(self, factory: Factory, load: Load = load_state_dict) -> tuple[nn.LSTM, nn.Module]:
+        """Make an nn.LSTM, and the layer of ``factory`` with its weights."""
+        reference, layer = self.layer(nn.LSTM), self.layer(factory)
+        assert isinstance(reference, nn.LSTM)
+        load(layer, reference)
+        return reference, layer
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(dtype=self.dtype, device=self.device)
+
+    def input(self) -> Input:
+        """The input, in the case's form and layout."""
+        torch.manual_seed(self.seed + 1)
+        features = self.options["input_size"]
+        if self.form == "dense":
+            T, B = self.lengths[0] if self.lengths else 3, len(self.lengths)
+            shape = (B, T, features) if self.options["batch_first"] else (T, B, features)
+            return self._lay_out(self.randn(*shape))
+        if self.form == "unbatched":
+            return self._lay_out(self.randn(self.lengths[0], features))
+        sequences = [self.randn(n, features) for n in self.lengths]
+        if self.form != "packed unsorted":
+            sequences.sort(key=len, reverse=True)
+        packed = pack_sequence(sequences, enforce_sorted=self.form != "packed unsorted")
+        packed = packed._replace(data=self._lay_out(packed.data))
+        if self.form == "packed by hand":
+            return PackedSequence(packed.data, packed.batch_sizes)
+        return packed
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        """Put ``x`` in memory as the layout says; expanded, all steps are the first."""
+        if self.layout == "transposed":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if self.layout == "expanded":
+            return x[:1].expand_as(x)
+        if self.layout == "sliced":
+            return torch.stack([x, x], dim=-1)[..., 0]
+        return x
+
+    def hx(self) -> State | None:
+        """The initial states h_0 and c_0, or ``None``."""
+        if not self.with_hx:
+            return None
+        torch.manual_seed(self.seed + 2)
+        rows = self.options["num_layers"] * (2 if self.options["bidirectional"] else 1)
+        batch = [] if self.form == "unbatched" else [len(self.lengths)]
+        H, P = self.options["hidden_size"], self.options["proj_size"]
+        h_0, c_0 = self.randn(rows, *batch, P or H), self.randn(rows, *batch, H)
+        return self._lay_out(h_0), self._lay_out(c_0)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtypes: Collection[torch.dtype] = (torch.float64,),
+    devices: Collection[str] = DEVICES,
+    without: Collection[str] = (),
+    always: Collection[str] = (),
+    large: bool = True,
+) -> Case:
+    """Draw a :class:`Case`.
+
+    Args:
+        dtypes: the dtypes to draw from.
+        devices: the devices to draw from; all that this machine has, unless said otherwise.
+        without: what to leave out: ``"num_layers"``, ``"bias"``, ``"batch_first"``, ``"dropout"``,
+            ``"bidirectional"``, ``"proj_size"``, ``"hx"``, ``"dense"``, ``"unbatched"``,
+            ``"packed"`` (all its forms), ``"packed unsorted"``, ``"packed by hand"``,
+            ``"batch of 0"``, ``"strides"``.
+        always: the options, or ``"hx"``, that every case is to have, not at their default. Dropout
+            takes two layers: ``{"num_layers", "dropout"}``. What is in both is left out.
+        large: small sizes are likelier, but H and I reach 70, B 40 and T 60. Otherwise 6, 5 and 5.
+
+    Dropout is left out on other devices than CPU, where kernels draw their own numbers, and MPS gets
+    no double precision, which it has not.
+
+    Raises:
+        ValueError: ``without`` or ``always`` names something else, or leaves no form of input.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(case=cases(without={"proj_size", "packed"}))
+        ... def test_the_output_has_a_row_for_each_step(case: Case) -> None:
+        ...     output, _ = case.layer(nn.LSTM)(case.input(), case.hx())
+        ...     assert output.shape[:-1] == case.input().shape[:-1]
+        >>> test_the_output_has_a_row_for_each_step()
+    """
+    allowed = {*FEATURES, "dense"}
+    if not allowed >= set(without) or not _forms(without):
+        raise ValueError(
+            f"without should name some of {sorted(allowed)} and leave a form of input, "
+            f"but got {sorted(without)}"
+        )
+    if not {*OPTIONS, "hx"} >= set(always):
+        raise ValueError(f"always should name some of {[*OPTIONS, 'hx']}, but got {sorted(always)}")
+
+    def option(name: str, values: st.SearchStrategy[Any]) -> Any:
+        if name in always:
+            values = values.filter(lambda value: value != OPTIONS[name])
+        return OPTIONS[name] if name in without else draw(values)
+
+    size = st.integers(1, 6)
+    H = draw(size | st.integers(1, 70) if large else size) + ("proj_size" in always)
+    num_layers = option("num_layers", st.integers(1, 4))
+    device = draw(st.sampled_from(sorted(devices)))
+    dtype = draw(st.sampled_from(list(dtypes)))
+    if device == "mps" and dtype in (torch.float64, torch.complex128):
+        device = "cpu"
+    options = {
+        "input_size": draw(size | st.integers(1, 70) if large else size),
+        "hidden_size": H,
+        "num_layers": num_layers,
+        "bias": option("bias", st.booleans()),
+        "batch_first": option("batch_first", st.booleans()),
+        "dropout": 0.0,
+        "bidirectional": option("bidirectional", st.booleans()),
+        "proj_size": option("proj_size", st.just(0) | st.integers(1, H - 1)) if H > 1 else 0,
+    }
+    if num_layers > 1 and device == "cpu":
+        options["dropout"] = option("dropout", st.sampled_from([0.0, 0.3, 1.0]))
+    T = st.integers(1, 7) | st.integers(1, 60) if large else st.integers(1, 5)
+    B = draw(st.integers(1, 5) | st.integers(1, 40) if large else st.integers(1, 5))
+    forms = _forms(without)
+    # Twice as often: of all forms it has the most ways to go wrong.
+    form = draw(st.sampled_from(forms + forms.count("packed unsorted") * ["packed unsorted"]))
+    if form == "dense":
+        lengths = [draw(T)] * draw(st.sampled_from([B] if "batch of 0" in without else [B, B, B, B, 0]))
+    elif form == "unbatched":
+        lengths = [draw(T)]
+    else:
+        lengths = draw(st.lists(T, min_size=B, max_size=B))
+    return Case(
+        options=options,
+        form=form,
+        lengths=lengths,
+        layout="contiguous" if "strides" in without else draw(st.sampled_from(LAYOUTS)),
+        with_hx="hx" not in without and ("hx" in always or draw(st.sampled_from([False, True, True]))),
+        training=draw(st.booleans()),
+        dtype=dtype,
+        device=device,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def _forms(without: Collection[str]) -> list[str]:
+    """The forms of input that are left."""
+    packed = "packed" not in without
+    return [form for form in FORMS if form not in without and (packed or not form.startswith("packed"))]
