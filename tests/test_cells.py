@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from manual_lstm import CellWeights, ManualLSTM, Step, replace_lstm, restore_lstm, stack
 from manual_lstm.fused import fused_direction
+from manual_lstm.testing import Case, cases
+from manual_lstm.testing.cases import Input
+from manual_lstm.testing.comparing import data
 from tests import equations
-from tests.cases import Case, Input, cases
-from tests.comparing import data
 from tests.equations import Made
 from tests.recipes import EQUATIONS, RECIPES, TEXTS
 
@@ -78,11 +79,11 @@ def test_the_readme_has_the_six_in_ten_lines_each() -> None:
 
 
 @every_recipe
-@given(case=cases(large=False, dropout=False))
+@given(case=cases(large=False, without={"dropout"}))
 @settings(max_examples=40)
 def test_the_equations_of_the_paper(name: str, case: Case) -> None:
     assume(case.lengths)
-    reference, _ = case.layers()
+    reference, _ = case.pair(ManualLSTM)
     reference.dropout = 0.0
     cls: Any = RECIPES[name]
     drawn: list[dict[str, Tensor]] = []
