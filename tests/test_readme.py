@@ -3,9 +3,9 @@
 import doctest
 import os
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +15,40 @@ import manual_lstm.functional
 import manual_lstm.module
 import manual_lstm.swap
 from manual_lstm.__main__ import main
+from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
+from tests.planted import MISTAKES, planted
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_run() -> None:
+def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 7
-    names: dict[str, Any] = {}
+    assert len(blocks) == 9
+    module = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # where pickle looks for its classes
+    names = vars(module)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "<README>", "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+
+
+def test_a_failing_case_says_what_the_readme_shows() -> None:
+    shown = re.search(r"```text\n(output differs.*?)\n```", README, re.DOTALL)
+    assert shown
+    case = eval(shown[1].splitlines()[-1], {"Case": Case, "torch": torch})
+    reference, layer = case.pair(planted(*MISTAKES["wrong from the 33rd step"]))
+    with pytest.raises(AssertionError) as error:
+        assert_same_layer(layer, reference, case)
+
+    def without_noise(text: str) -> list[str]:
+        # The gradient of the input is barely beyond what is allowed, and not on every machine.
+        lines = [line for line in text.splitlines() if "grad of input" not in line]
+        return [re.sub(r"-?\d\.\d{6,}", "#", line) for line in lines]
+
+    assert without_noise(str(error.value)) == without_noise(shown[1])
 
 
 def test_the_check_prints_what_the_readme_shows(
@@ -49,7 +73,14 @@ def test_the_check_prints_what_the_readme_shows(
 
 @pytest.mark.parametrize(
     "module",
-    [manual_lstm.module, manual_lstm.functional, manual_lstm.swap],
+    [
+        manual_lstm.module,
+        manual_lstm.functional,
+        manual_lstm.swap,
+        sys.modules[Case.__module__],  # which manual_lstm.testing.cases, the function, hides
+        comparing,
+        conformance,
+    ],
     ids=lambda m: m.__name__,
 )
 def test_the_docstrings_examples(module: ModuleType) -> None:

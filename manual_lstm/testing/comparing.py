@@ -96,12 +96,13 @@ def assert_same_layer(a: nn.Module, b: nn.Module, case: Case, *, parameters: boo
             tensors.
 
     Example:
+        >>> from manual_lstm.testing.cases import OPTIONS
         >>> case = Case({"input_size": 3, "hidden_size": 4, **OPTIONS}, "dense", [5, 5])
         >>> reference, layer = case.pair(nn.LSTM)
         >>> assert_same_layer(layer, reference, case)
         >>> with torch.no_grad():
         ...     _ = layer.weight_hh_l0[0, 2].add_(1e-6)  # in the input gate of unit 0
-        >>> assert_same_layer(layer, reference, case)
+        >>> assert_same_layer(layer, reference, case)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         AssertionError: output differs first at step 1, sequence 0, feature 0: ...
     """
