@@ -298,8 +298,9 @@ class ManualLSTM(nn.Module):
     ) -> Unrolled:
         """Run the layer, and return its gates and states at every step with its answer.
 
-        Everything is differentiable, and the same numbers as :meth:`forward`'s. Hooks on the layer do
-        not see the call.
+        Everything is differentiable. The numbers are those of :meth:`forward`, to the last digit or
+        but one: that may take the fused operator, this takes the plain loop. Hooks on the layer do not
+        see the call.
 
         Args:
             input: as for :meth:`forward`.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.context import is_exporting
@@ -122,7 +122,9 @@ def _join(steps: list[Step], packed: bool, output: Tensor, c_0: Tensor) -> Step:
         empty = output.new_empty(*output.shape[:-1], c_0.size(-1))
         return Step(empty, empty, empty, empty, empty, empty, output)
     join = torch.cat if packed else torch.stack
-    return Step(*(join(part) for part in zip(*steps)))
+    i, f, g, o, c = (join([step[k] for step in steps]) for k in range(5))
+    m = output if steps[0].m is steps[0].h else join([step.m for step in steps])
+    return Step(i, f, g, o, c, m, output)  # the loop has joined h itself
 
 
 class Unrolled(NamedTuple):
@@ -167,11 +169,11 @@ class Unrolled(NamedTuple):
             h, ``[L * D, B, P or H]``, and c, ``[L * D, B, H]``, without B where the input has none.
 
         Raises:
-            TypeError: the input was a PackedSequence: its sequences end at steps of their own.
+            TypeError: the input was packed or nested: its sequences end at steps of their own.
             IndexError: there is no such step.
         """
-        if isinstance(self.output, PackedSequence):
-            raise TypeError("after should be asked of dense input, but the input was a PackedSequence")
+        if isinstance(self.output, PackedSequence) or self.output.is_nested:
+            raise TypeError("after should be asked of dense input, but the input was packed or nested")
         dim = self._time_dim()
         T = self.output.size(dim)
         if not -T <= t < T:
@@ -180,78 +182,94 @@ class Unrolled(NamedTuple):
         return h, c
 
     def plot(
-        self, sample: int = 0, direction: int = 0, labels: Sequence[str] | None = None
+        self,
+        sample: int = 0,
+        direction: int = 0,
+        labels: Sequence[str] | None = None,
+        units: Sequence[int] | None = None,
     ) -> "Figure":
         """Draw the gates and states of one sample as heat maps over time, one panel each.
 
-        Units are in rows, sorted by when they are most active, steps in columns.
+        Steps are in columns, units in rows, the same in every panel. A projected hidden state has other
+        units, which keep their order.
 
         Args:
             sample: which of the batch.
             direction: which layer and direction, ``l * D + d``.
             labels: what to write below the steps: the characters of a text, for one.
+            units: which units to draw, from the top. ``None`` for all, those first whose cell state
+                is largest early.
 
         Returns:
             The figure: ``.savefig("gates.png")`` writes it to a file, a notebook shows it.
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: there is no step to draw, or not a label for each.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError:
             raise ImportError("plot draws with matplotlib: pip install matplotlib") from None
 
-        panels = {
-            "input gate i": (self.i, 0, 1, "viridis"),
-            "forget gate f": (self.f, 0, 1, "viridis"),
-            "cell gate g": (self.g, -1, 1, "RdBu_r"),
-            "output gate o": (self.o, 0, 1, "viridis"),
-            "cell state c": (self.c, None, None, "RdBu_r"),
-            "hidden state h": (self.h, -1, 1, "RdBu_r"),
-        }
-        values = {name: self._one(parts[direction], sample) for name, (parts, *_) in panels.items()}
-        order = values["cell state c"].abs().argmax(0).argsort()  # units, by their largest moment
-        T = len(order) and len(values["cell state c"])
-        figure = Figure(figsize=(max(6.0, min(0.16 * T + 2, 16.0)), 10), layout="constrained")
+        c = self._one(self.c[direction], sample)
+        T = len(c)
+        if T == 0:
+            raise ValueError("plot should be given steps, but there is no step to draw")
+        if labels is not None and len(labels) != T:
+            raise ValueError(
+                f"labels should be a label for each of the {T} steps, but got {len(labels)}"
+            )
+        rows = c.abs().argmax(0).argsort().tolist() if units is None else list(units)
+        largest = float(c.abs().max())
+        panels = [  # name, values, the least and the largest, colours
+            ("input gate i", self.i, 0, 1, "viridis"),
+            ("forget gate f", self.f, 0, 1, "viridis"),
+            ("cell gate g", self.g, -1, 1, "RdBu_r"),
+            ("output gate o", self.o, 0, 1, "viridis"),
+            ("cell state c", self.c, -largest, largest, "RdBu_r"),
+            ("hidden state h", self.h, -1, 1, "RdBu_r"),
+        ]
+        figure = Figure(figsize=(min(max(6, 2 + 0.12 * T), 16), 9), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True)
-        for axis, (name, (_, low, high, colours)) in zip(axes, panels.items()):
-            shown = values[name]
-            if shown.size(1) == len(order):  # a projection's features are others
-                shown = shown[:, order]
-            largest = float(shown.abs().max()) if shown.numel() else 1.0
-            limits = (-largest, largest) if low is None else (low, high)
+        for axis, (name, parts, low, high, colours) in zip(axes, panels):
+            shown = self._one(parts[direction], sample)
+            if shown.size(1) == c.size(1):
+                shown = shown[:, rows]
             image = axis.imshow(
                 shown.t().tolist(),
                 aspect="auto",
                 interpolation="nearest",
                 cmap=colours,
-                vmin=limits[0],
-                vmax=limits[1],
+                vmin=low,
+                vmax=high,
             )
             axis.set_ylabel(name)
             axis.set_yticks([])
-            figure.colorbar(image, ax=axis, pad=0.01)
-        if labels is not None:
-            axes[-1].set_xticks(range(len(labels)), labels)
-        axes[-1].set_xlabel("step")
+            figure.colorbar(image, ax=axis, pad=0.01, aspect=10)
+        if labels is None:
+            axes[-1].set_xlabel("step")
+        else:
+            axes[-1].set_xticks(range(T), labels, family="monospace")
+            axes[-1].tick_params(axis="x", length=0)
         return figure
 
     def _one(self, sequence: _Sequence, sample: int) -> Tensor:
         """One sample of a sequence, ``[T, features]``, ready to be drawn."""
         if isinstance(sequence, PackedSequence):
-            padded, lengths = pad_packed_sequence(sequence)
-            return padded[: lengths[sample], sample].detach().float().cpu()
-        if sequence.dim() == 3:
+            sequence = unpack_sequence(sequence)[sample]
+        elif sequence.is_nested:
+            sequence = sequence.unbind()[sample]
+        elif sequence.dim() == 3:
             sequence = sequence.select(1 - self._time_dim(), sample)
         return sequence.detach().float().cpu()
 
     def _time_dim(self) -> int:
-        """The dimension of time in dense fields: not noted anywhere, but the last step shows it."""
+        """The dimension of time in dense fields: noted nowhere, as transforms return only tensors."""
         c, c_n = self.c[0], self.states[1][0]
         assert isinstance(c, Tensor)
-        if c.dim() == 2 or c.size(1) != c_n.size(0):
-            return 0 if c.dim() == 2 else 1
-        if c.size(0) != c_n.size(0):
+        if c.dim() == 2:
             return 0
-        return 0 if torch.equal(c[-1], c_n) else 1
+        if c.size(0) != c.size(1):
+            return 1 if c.size(0) == c_n.size(0) else 0
+        return 1 if c.stride(0) < c.stride(1) else 0  # T == B; in memory, time comes first

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, sigmoid, tanh
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.testing.cases import Case, Input, State
 
 
 class Made(NamedTuple):
@@ -177,3 +179,56 @@ def run(
             x = torch.stack([torch.cat([step.h for step in at_t]) for at_t in zip(*made_by_direction)])
         outputs.append(x)
     return outputs, last[0], last[1], steps
+
+
+def split(sequence: Input, case: Case) -> list[Tensor]:
+    """The sequences of a batch, ``[T, features]`` each, in the caller's order."""
+    if isinstance(sequence, PackedSequence):
+        return unpack_sequence(sequence)
+    if case.form == "unbatched":
+        return [sequence]
+    return list(sequence.unbind(0 if case.options["batch_first"] else 1))
+
+
+def run_case(
+    layer: ManualLSTM,
+    equations: Equations,
+    case: Case,
+    input: Input,
+    hx: State | None,
+    drawn: list[dict[str, Tensor]] | None = None,
+) -> tuple[list[Tensor], list[list[list[Made]]]]:
+    """Run a layer on a case's input.
+
+    Args:
+        drawn: for each layer and direction what the layer drew, in the order of its loop.
+
+    Returns:
+        The outputs of all sequences, h_n and c_n as the layer returns them; and the steps, as by
+        :func:`run`.
+    """
+    sequences = split(input, case)
+    B, L = len(sequences), len(layer.all_weights)
+    H, P = layer.hidden_size, layer.proj_size or layer.hidden_size
+    states = (sequences[0].new_zeros(L, B, P), sequences[0].new_zeros(L, B, H)) if hx is None else hx
+    states = states[0].view(L, B, P), states[1].view(L, B, H)
+    order = list(range(B))  # where each sequence stands in the loop
+    if isinstance(input, PackedSequence) and input.unsorted_indices is not None:
+        order = input.unsorted_indices.tolist()
+    rows = [[{k: t[row] for k, t in each.items()} for row in order] for each in drawn or []]
+    outputs, h_n, c_n, steps = run(layer, equations, sequences, states, rows)
+    if case.form == "unbatched":
+        h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+    return [*outputs, h_n, c_n], steps
+
+
+def parts(steps: list[list[list[Made]]], name: str) -> list[list[Tensor]]:
+    """One part of all steps: for each layer and direction, and each sequence, ``[T, features]``."""
+    return [[torch.stack([getattr(step, name) for step in made]) for made in each] for each in steps]
+
+
+def gradients(results: list[Tensor], wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a sum in which every element has a weight of its own."""
+    flat = torch.cat([result.flatten() for result in results])
+    loss = (flat * torch.linspace(0.5, 1.5, len(flat)).to(flat)).sum()
+    return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)

@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from manual_lstm import CellWeights, ManualLSTM, Step, replace_lstm, restore_lstm, stack
 from manual_lstm.fused import fused_direction
 from manual_lstm.testing import Case, cases
-from manual_lstm.testing.cases import Input
 from manual_lstm.testing.comparing import data
 from tests import equations
-from tests.equations import Made
+from tests.equations import Made, gradients, parts, run_case, split
 from tests.recipes import EQUATIONS, RECIPES, TEXTS
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -47,22 +46,6 @@ def make(name: str, training: bool = False, **options: Any) -> ManualLSTM:
     layer = RECIPES[name](3, 4, **{"dtype": torch.float64, **options})
     stir(layer)
     return layer.train(training)
-
-
-def split(sequence: Input, case: Case) -> list[Tensor]:
-    """The sequences of a batch, ``[T, features]`` each, in the caller's order."""
-    if isinstance(sequence, PackedSequence):
-        return unpack_sequence(sequence)
-    if case.form == "unbatched":
-        return [sequence]
-    return list(sequence.unbind(0 if case.options["batch_first"] else 1))
-
-
-def gradients(results: list[Tensor], wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of a sum in which every element has a weight of its own."""
-    flat = torch.cat([result.flatten() for result in results])
-    loss = (flat * torch.linspace(0.5, 1.5, len(flat)).to(flat)).sum()
-    return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
 
 
 # The equations
@@ -100,43 +83,25 @@ def test_the_equations_of_the_paper(name: str, case: Case) -> None:
     input, hx = case.input(), case.hx()
     x = data(input).clone().requires_grad_()
     input = input._replace(data=x) if isinstance(input, PackedSequence) else x
-    sequences = split(input, case)
-    if hx is None:
-        rows = case.options["num_layers"] * (1 + case.options["bidirectional"])
-        H, P, B = case.options["hidden_size"], case.options["proj_size"], len(sequences)
-        states = torch.zeros(rows, B, P or H).to(x), torch.zeros(rows, B, H).to(x)
-    else:
+    if hx is not None:
         hx = hx[0].requires_grad_(), hx[1].requires_grad_()
-        states = hx if case.form != "unbatched" else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     wanted = [x, *(hx or ()), *layer.parameters()]
 
-    output, (h_n, c_n) = layer(input, hx)
-    order = list(range(len(sequences)))  # where each sequence stands in the loop
-    if isinstance(input, PackedSequence) and input.unsorted_indices is not None:
-        order = input.unsorted_indices.tolist()
-    drawn_by_sequence = [[{k: t[row] for k, t in each.items()} for row in order] for each in drawn]
-    actual = [*split(output, case), h_n, c_n]
-    outputs, h_last, c_last, steps = equations.run(
-        layer, EQUATIONS[name], sequences, states, drawn_by_sequence
-    )
-    expected = [*outputs, h_last.view_as(h_n), c_last.view_as(c_n)]
+    torch.manual_seed(case.seed)
+    output, states = layer(input, hx)
+    actual = [*split(output, case), *states]
+    expected, steps = run_case(layer, EQUATIONS[name], case, input, hx, drawn)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(
         gradients(actual, wanted), gradients(expected, wanted), rtol=1e-10, atol=1e-11
     )
 
     torch.manual_seed(case.seed)
-    again = layer(input, hx)
-    torch.manual_seed(case.seed)
     unrolled = layer.unroll(input, hx)
-    torch.testing.assert_close((unrolled.output, unrolled.states), again, rtol=0, atol=0)
-    if name == "VariationalLSTM" and layer.training:
-        return  # the masks of that call are others
+    torch.testing.assert_close((unrolled.output, unrolled.states), (output, states), rtol=0, atol=0)
     for part in Made._fields:
-        for k, made in enumerate(steps):
-            of_sequences = [torch.stack([getattr(step, part) for step in each]) for each in made]
-            seen = split(getattr(unrolled, part)[k], case)
-            torch.testing.assert_close(seen, of_sequences, rtol=0, atol=1e-12)
+        for seen, by_hand in zip(getattr(unrolled, part), parts(steps, part)):
+            torch.testing.assert_close(split(seen, case), by_hand, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])
