@@ -45,10 +45,16 @@ def fields(unrolled: Unrolled) -> list[Tensor]:
 # The numbers
 
 
+def ours(case: Case) -> ManualLSTM:
+    layer = case.layer(ManualLSTM)
+    assert isinstance(layer, ManualLSTM)
+    return layer
+
+
 @given(case=cases(large=False, without={"dropout"}))
 def test_the_equations_at_every_step(case: Case) -> None:
     assume(case.lengths)
-    layer = case.pair(ManualLSTM)[1]
+    layer = ours(case)
     input, hx = case.input(), case.hx()
     x = data(input).clone().requires_grad_()
     input = input._replace(data=x) if isinstance(input, PackedSequence) else x
@@ -69,12 +75,14 @@ def test_the_equations_at_every_step(case: Case) -> None:
 
 @given(case=cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
 def test_the_same_numbers_as_forward(case: Case) -> None:
-    _, layer = case.pair(ManualLSTM)
+    layer = ours(case)
     input, hx = case.input(), case.hx()
     torch.manual_seed(case.seed)  # the same dropout
     unrolled = layer.unroll(input, hx)
     assert isinstance(unrolled.output, PackedSequence) == isinstance(input, PackedSequence)
-    for fused, tolerance in ((False, 0.0), (True, 4 * torch.finfo(case.dtype).eps)):
+    # The operator adds up in another order; how exact each is, other tests measure.
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[case.dtype]
+    for fused, tolerance in ((False, 0.0), (True, rounding)):
         torch.manual_seed(case.seed)
         with mock.patch.object(stack, "may_fuse", may_fuse if fused else lambda tensors: False):
             output, states = layer(input, hx)
@@ -87,7 +95,7 @@ def test_the_same_numbers_as_forward(case: Case) -> None:
 @given(case=cases(large=False))
 @settings(max_examples=60)
 def test_layouts(case: Case) -> None:
-    _, layer = case.pair(ManualLSTM)
+    layer = ours(case)
     unrolled = layer.unroll(case.input(), case.hx())
     L, D = layer.num_layers, 1 + layer.bidirectional
     H, P = layer.hidden_size, layer.proj_size or layer.hidden_size
