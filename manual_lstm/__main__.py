@@ -1,4 +1,4 @@
-"""``python -m manual_lstm``: the notebook's comparison; ``check FILE...``: a checkpoint's."""
+"""``python -m manual_lstm``: the notebook's comparison; ``check`` a checkpoint; ``report``."""
 
 import argparse
 import sys
@@ -59,10 +59,21 @@ def main(argv: list[str] | None = None) -> int:
         "Only tensors and plain containers are loaded. Status 0 if all agree.",
     )
     checking.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
+    reporting = commands.add_parser(
+        "report",
+        help="try what else PyTorch offers on both: vmap, compile, export, ...",
+        description="Try the rest of PyTorch on nn.LSTM and ManualLSTM, and print what each raises. "
+        "Takes minutes. Status 0 if ManualLSTM does all that can be tried here.",
+    )
+    reporting.add_argument("--device", default="cpu", help="where the layers are: cpu, cuda, ...")
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         results = [check(path) for path in arguments.file]  # all of them, whatever the first says
         return 0 if all(results) else 1
+    if arguments.command == "report":
+        from manual_lstm.report.table import show as report  # loads much that nothing else needs
+
+        return 0 if report(arguments.device) else 1
     return 0 if show() else 1
 
 

@@ -22,35 +22,38 @@ class Setting:
     I: int = 4
     H: int = 5
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
     seed: int = 0
 
     def layer(self) -> nn.Module:
         """The layer; every call makes an equal one."""
         torch.manual_seed(self.seed)
-        return self.make(self.I, self.H, dtype=self.dtype, **self.options)
+        return self.make(self.I, self.H, dtype=self.dtype, device=self.device, **self.options)
 
     def dense(self, T: int = 6, B: int = 3) -> Tensor:
         """A batch, ``[T, B, I]`` or, with batch_first, ``[B, T, I]``."""
         torch.manual_seed(self.seed + 1)
         first = self.options.get("batch_first", False)
-        return torch.randn(*((B, T) if first else (T, B)), self.I, dtype=self.dtype)
+        return self._randn(*((B, T) if first else (T, B)), self.I)
 
     def input(self, T: int = 6, B: int = 3) -> Tensor | PackedSequence:
         """A dense batch, or where the setting is packed one of unsorted lengths."""
         if not self.packed:
             return self.dense(T, B)
         torch.manual_seed(self.seed + 1)
-        lengths = [max(T - 2 * k, 1) if k % 2 else max(T - 3 - k, 1) for k in range(B)]
-        sequences = [torch.randn(n, self.I, dtype=self.dtype) for n in lengths]
-        return pack_sequence(sequences, enforce_sorted=False)
+        lengths = [max(T - 2 * ((k + 1) % B), 1) for k in range(B)]  # the longest is the last
+        return pack_sequence([self._randn(n, self.I) for n in lengths], enforce_sorted=False)
 
     def hx(self, B: int = 3) -> State:
         """Initial states for a batch of B."""
         torch.manual_seed(self.seed + 2)
         rows = self.options.get("num_layers", 1) * (2 if self.options.get("bidirectional") else 1)
         features = self.options.get("proj_size", 0) or self.H
-        h_0 = torch.randn(rows, B, features, dtype=self.dtype)
-        return h_0, torch.randn(rows, B, self.H, dtype=self.dtype)
+        h_0 = self._randn(rows, B, features)
+        return h_0, self._randn(rows, B, self.H)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype).to(self.device)
 
     def but(self, **changes: Any) -> "Setting":
         """The same setting with some fields changed."""
@@ -66,10 +69,16 @@ class Row:
     packed: bool = False  # whether it also holds for packed input
     needs: tuple[str, ...] = ()  # packages it cannot do without
     slow: bool = False  # some ten seconds or more: tests try fewer settings
+    dtypes: tuple[torch.dtype, ...] = ()  # those to try, if not the setting's: kernels differ by dtype
 
     def missing(self) -> list[str]:
         """The packages it needs that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+    def run(self, setting: Setting) -> None:
+        """Check in all dtypes."""
+        for dtype in self.dtypes or (setting.dtype,):
+            self.check(setting.but(dtype=dtype))
 
 
 class Missing(Exception):

@@ -1,0 +1,64 @@
+"""The report's rows on training on two processes; and which loop runs there."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from manual_lstm import ManualLSTM
+from manual_lstm.report import distributed
+from manual_lstm.report.row import Missing, Row, Setting
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "all": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False, "batch_first": True},
+}
+
+
+def _params() -> list[Any]:
+    return [
+        pytest.param(row, OPTIONS[name], packed, id=f"{row.label}-{name}{'-packed' * packed}")
+        for row in distributed.ROWS
+        for name, packed in (("defaults", False), ("all", False), ("all", True))
+    ]
+
+
+@pytest.mark.parametrize(("row", "options", "packed"), _params())
+def test_row(row: Row, options: dict[str, Any], packed: bool) -> None:
+    try:
+        row.check(Setting(ManualLSTM, options, packed))
+    except Missing as error:
+        pytest.skip(str(error))
+
+
+def _operators(setting: Setting, rank: int, folder: Path) -> dict[str, int]:
+    """The operators that the counter knows, and how many flops they took, of a sharded layer."""
+    model = distributed.shard(setting, layer_too=True)
+    assert isinstance(model.layer, FSDPModule)
+    assert isinstance(model.layer, ManualLSTM)
+    with FlopCounterMode(display=False) as counter:
+        model(distributed.batch(setting, 0, distributed.part_of(rank))).backward()
+    return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def test_a_sharded_layer_takes_the_operator(tmp_path: Path) -> None:
+    setting = Setting(ManualLSTM)
+    try:
+        found = distributed.on_two(partial(_operators, setting), tmp_path)
+    except Missing as error:
+        pytest.skip(str(error))
+    assert {"manual_lstm.direction", "manual_lstm.direction_backward"} <= found.keys()
+    T, B, H = 5, 2, setting.H
+    assert found["manual_lstm.direction"] == 2 * T * B * 4 * H * (setting.I + H)
+
+
+def test_a_failure_on_a_process_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^ValueError: by design$"):
+        distributed.on_two(_fail, tmp_path)
+
+
+def _fail(rank: int, folder: Path) -> None:
+    raise ValueError("by design")
