@@ -1,6 +1,5 @@
 """manual_lstm.testing: what it draws, what it finds, and what it says."""
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ def test_manual_lstm(check: Check) -> None:
     check()
 
 
-@pytest.mark.parametrize("check", lstm_checks(nn.LSTM), ids=str)
+@pytest.mark.parametrize("check", lstm_checks(nn.LSTM, max_examples=10), ids=str)
 def test_nn_lstm_itself(check: Check) -> None:
     outcome = check.run()
     assert outcome.status == (AS_OFFICIAL if check.name == "no steps" else OK), outcome
@@ -345,14 +344,14 @@ def test_in_float32_alone() -> None:
 
 
 def test_other_names_for_the_parameters() -> None:
-    peer = importlib.import_module("torch.ao.nn.quantizable").LSTM
+    peer = pytest.importorskip("torch.ao.nn.quantizable").LSTM
     lacks = {"proj_size", "packed", "unbatched", "dropout", "parameters", "float64"}
-    report = check_lstm(peer, load=load_quantizable, lacks=lacks, max_examples=10)
+    report = check_lstm(peer, load=load_quantizable, lacks=lacks, max_examples=4)
     found = {outcome.name: outcome for outcome in report.outcomes}
     assert found["num_layers"].status == found["bias"].status == found["hx"].status == OK
     assert found["bidirectional"].status == FAILS  # its second layer is too narrow
     # And with the wrong weights it is found out.
-    wrong = check_lstm(peer, load=lambda *_: None, lacks=lacks, max_examples=10)
+    wrong = check_lstm(peer, load=lambda *_: None, lacks=lacks, max_examples=4)
     assert {"num_layers", "bias", "hx"} <= {failure.name for failure in wrong.failures}
 
 
@@ -596,7 +595,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("label", PEERS)
 def test_the_peers(label: str) -> None:
-    report = check_peer(label)
+    report = check_peer(label, max_examples=10)
     if report is None:
         pytest.skip(f"{label} is not installed")
     assert [outcome.status for outcome in report.outcomes] == shown()[label], report
