@@ -191,7 +191,8 @@ class Unrolled(NamedTuple):
         """Draw the gates and states of one sample as heat maps over time, one panel each.
 
         Steps are in columns, units in rows, the same in every panel. A projected hidden state has other
-        units, which keep their order.
+        units, which keep their order. The cell state's colours end at 3: its tanh, which is all that
+        the layer lets out, is 1 from there on.
 
         Args:
             sample: which of the batch.
@@ -221,20 +222,22 @@ class Unrolled(NamedTuple):
                 f"labels should be a label for each of the {T} steps, but got {len(labels)}"
             )
         rows = c.abs().argmax(0).argsort().tolist() if units is None else list(units)
-        largest = float(c.abs().max())
+        largest = float(c.abs().nan_to_num().max()) or 1.0
+        limit = min(largest, 3.0)
         panels = [  # name, values, the least and the largest, colours
             ("input gate i", self.i, 0, 1, "viridis"),
             ("forget gate f", self.f, 0, 1, "viridis"),
             ("cell gate g", self.g, -1, 1, "RdBu_r"),
             ("output gate o", self.o, 0, 1, "viridis"),
-            ("cell state c", self.c, -largest, largest, "RdBu_r"),
+            ("cell state c", self.c, -limit, limit, "RdBu_r"),
             ("hidden state h", self.h, -1, 1, "RdBu_r"),
         ]
         figure = Figure(figsize=(min(max(6, 2 + 0.12 * T), 16), 9), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True)
         for axis, (name, parts, low, high, colours) in zip(axes, panels):
             shown = self._one(parts[direction], sample)
-            if shown.size(1) == c.size(1):
+            of_units = shown.size(1) == c.size(1)
+            if of_units:
                 shown = shown[:, rows]
             image = axis.imshow(
                 shown.t().tolist(),
@@ -246,12 +249,16 @@ class Unrolled(NamedTuple):
             )
             axis.set_ylabel(name)
             axis.set_yticks([])
-            figure.colorbar(image, ax=axis, pad=0.01, aspect=10)
+            if units is not None and of_units:
+                axis.set_yticks(range(len(rows)), rows, fontsize=7)
+            beyond = "both" if high == limit < largest else "neither"
+            figure.colorbar(image, ax=axis, pad=0.01, aspect=10, extend=beyond)
         if labels is None:
             axes[-1].set_xlabel("step")
         else:
             axes[-1].set_xticks(range(T), labels, family="monospace")
-            axes[-1].tick_params(axis="x", length=0)
+            for axis in axes:
+                axis.tick_params(axis="x", length=0)
         return figure
 
     def _one(self, sequence: _Sequence, sample: int) -> Tensor:
