@@ -14,7 +14,7 @@ class Step(NamedTuple):
     g: Tensor  # the cell gate, [b, H]
     o: Tensor  # the output gate, [b, H]
     c: Tensor  # the cell state after it, [b, H]
-    m: Tensor  # the hidden state after it, not yet projected, [b, H]
+    m: Tensor  # o times tanh of c: the hidden state before its projection, [b, H]
     h: Tensor  # the hidden state after it, [b, P]; without a projection m itself
 
 
@@ -72,6 +72,9 @@ def output_step(
         i, f, g, o: the gates, ``[b, H]`` each.
         c: the cell state after this step, ``[b, H]``.
         weight_hr: ``[P, H]``, or ``None`` without a projection.
+
+    Returns:
+        The whole step. What differs in a cell of your own, ``_replace`` puts into it.
     """
     m = o * torch.tanh(c)
     return Step(i, f, g, o, c, m, m if weight_hr is None else torch.mm(m, weight_hr.t()))

@@ -500,7 +500,8 @@ class ManualLSTM(nn.Module):
     def cell(self, x_t: Tensor, h: Tensor, c: Tensor, w: CellWeights) -> Step:
         """Take one step: override this to change the equations, and keep everything else.
 
-        A layer whose cell is changed runs the plain loop, or under ``torch.export`` a scan.
+        A layer whose cell is changed runs the plain loop, or under ``torch.export`` a scan. Tensors are
+        on the layer's device and of its dtype, but for bfloat16 and float16 of float32.
 
         Args:
             x_t: the projected input of this step, ``[b, 4H]``: what :meth:`project` returned.
@@ -512,12 +513,17 @@ class ManualLSTM(nn.Module):
             The gates and the states after the step, a :class:`manual_lstm.Step`.
             :func:`manual_lstm.gates` and :func:`manual_lstm.output_step` do what has not changed.
 
+        Raises:
+            TypeError: raised by the layer's call where an override returns something else.
+
         Example:
+            The coupled gates of Greff et al. 2017 (https://arxiv.org/abs/1503.04069):
+
             >>> from manual_lstm import ManualLSTM, gates, output_step
-            >>> class Coupled(ManualLSTM):  # i = 1 - f
+            >>> class Coupled(ManualLSTM):  # f = 1 - i
             ...     def cell(self, x_t, h, c, w):
-            ...         _, f, g, o = gates(x_t + h @ w.weight_hh.t())
-            ...         return output_step(1 - f, f, g, o, f * c + (1 - f) * g, w.weight_hr)
+            ...         i, _, g, o = gates(x_t + h @ w.weight_hh.t())
+            ...         return output_step(i, 1 - i, g, o, (1 - i) * c + i * g, w.weight_hr)
             >>> output, _ = Coupled(10, 20, num_layers=2, bidirectional=True)(torch.randn(5, 3, 10))
             >>> output.shape
             torch.Size([5, 3, 40])
@@ -529,7 +535,24 @@ class ManualLSTM(nn.Module):
 
         Called once for each layer and direction, each of which gets its own; ``diagonal`` becomes
         ``diagonal_l0``, ``diagonal_l0_reverse``, ``diagonal_l1`` and so on, after nn.LSTM's parameters.
-        The sizes (``self.hidden_size``, ...) are known when it is called.
+        :meth:`reset_parameters` and a swap call it anew. The sizes (``self.hidden_size``, ...) are
+        known when it is called; what a subclass sets after ``super().__init__()`` is not, and a swap
+        does not run ``__init__``: numbers that it needs are best attributes of the class.
+
+        Returns:
+            Tensors of any shape. They are copied to the device and dtype of the layer.
+
+        Raises:
+            TypeError: raised by the constructor, and by a swap, for what is no tensor.
+            ValueError: likewise for a name that the layer or :class:`manual_lstm.CellWeights` has.
+
+        Example:
+            >>> from manual_lstm import ManualLSTM
+            >>> class Peephole(ManualLSTM):
+            ...     def cell_parameters(self):
+            ...         return {"peephole": torch.zeros(3, self.hidden_size)}
+            >>> Peephole(10, 20, bidirectional=True).peephole_l0_reverse.shape
+            torch.Size([3, 20])
         """
         return {}
 

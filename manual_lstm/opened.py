@@ -145,6 +145,9 @@ class Unrolled(NamedTuple):
         c: the cell state after the step, with H features.
         m: the hidden state after the step before its projection, with H features.
         h: the hidden state after the step, with P features. Without ``proj_size``, this is m.
+
+        Each has the dtype of the output, c that of c_n. Fields with the same values (m and h, the last
+        layer's h and the output) may be one tensor: copy what you write to.
     """
 
     output: _Sequence
