@@ -17,6 +17,20 @@ import manual_lstm
 from manual_lstm import ManualLSTM, Unrolled
 
 H, B, T = 64, 32, 128
+# Of the standard library; their text is long enough, and is Python as most people write it.
+PACKAGES = [
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "unittest",
+    "urllib",
+    "xml",
+]
 LINE = """\
 raise ValueError('input should be 2-D or 3-D, but got ' + str(list(input.shape[:3])))
 return input
@@ -103,7 +117,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    text = "".join(code(file) for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    text = "".join(code(file) for name in PACKAGES for file in sorted((stdlib / name).rglob("*.py")))
     unseen = "".join(code(file) for file in sorted(Path(manual_lstm.__file__).parent.glob("*.py")))
     number = {c: k for k, c in enumerate(sorted(set(text + unseen + LINE)))}
     model = Characters(len(number))

@@ -1,6 +1,7 @@
 """The report's rows, with more options than the report has time for; and that each row can fail."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ ROWS = [*transforms.ROWS, *derivatives.ROWS, *training.ROWS, *weights.ROWS, *too
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_warnings() -> Iterator[None]:
+def _random_numbers_as_before() -> Iterator[None]:
     with torch.random.fork_rng():
         yield
 
@@ -236,6 +237,15 @@ def test_a_row_that_fails_is_a_failure(
 def test_the_report_has_every_row() -> None:
     assert {row.label for row in ROWS} <= {row.label for row in table.ROWS}
     assert len({row.label for row in table.ROWS}) == len(table.ROWS)
+
+
+def test_the_readme_shows_the_table() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("| ManualLSTM | nn.LSTM |") :]
+    lines = section[: section.index("\n\n")].splitlines()[2:]
+    shown = [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    assert [cells[0].lstrip("| ") for cells in shown] == [row.label for row in table.ROWS]
+    assert {cells[1] for cells in shown} == {table.YES}
 
 
 def test_nn_lstm_is_what_the_rows_compare_with() -> None:
