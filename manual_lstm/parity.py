@@ -45,7 +45,7 @@ def run(
     # Every element with a weight of its own, so that no mistake can cancel out.
     # Smooth: an absolute value of a sum near zero would turn gradients round in low precision.
     parts = [part * _ramp(part) for part in results.values()]
-    loss = sum((torch.view_as_real(part) if part.is_complex() else part).sum() for part in parts)
+    loss = sum((part.real + part.imag if part.is_complex() else part).sum() for part in parts)
     assert isinstance(loss, Tensor)
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     for name, tensor, gradient in zip(wanted, wanted.values(), gradients):
