@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default="gates.png")
     parser.add_argument("--steps", type=int, default=3000, help="how long to train")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2, help="others find other units, or none as good")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)

@@ -22,7 +22,7 @@ def _params() -> list[Any]:
     return [
         pytest.param(row, OPTIONS[name], packed, id=f"{row.label}-{name}{'-packed' * packed}")
         for row in distributed.ROWS
-        for name, packed in (("defaults", False), ("all", False), ("all", True))
+        for name, packed in (("defaults", True), ("all", False))
     ]
 
 

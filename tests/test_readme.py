@@ -23,7 +23,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)  # where pickle looks for its classes
     names = vars(module)

@@ -261,7 +261,7 @@ def export(setting: Setting) -> None:
 def onnx(setting: Setting) -> None:
     """As ONNX, checked by onnx and run by onnxruntime."""
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     layer = setting.layer().eval()
     for hx in (False, True):

@@ -45,9 +45,8 @@ class Model(nn.Module):
         else:
             output, (h_n, c_n) = self.layer(input)
         data = output.data if isinstance(output, PackedSequence) else output
-        values = [self.head(data).square().sum(), h_n.sin().sum(), c_n.sin().sum()]
-        loss: Tensor = torch.stack(values).sum() / h_n.size(1)
-        return loss
+        values: list[Tensor] = [self.head(data).square().sum(), h_n.sin().sum(), c_n.sin().sum()]
+        return torch.stack(values).sum() / len(h_n[0])
 
 
 def batch(setting: Setting, step: int, part: slice) -> Tensor | PackedSequence:
