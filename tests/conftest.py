@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("quick", max_examples=120, deadline=None, suppress_health_check=_slow)
+settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=_slow)
 settings.register_profile("thorough", max_examples=4000, deadline=None, suppress_health_check=_slow)
 # For breaking the code by hand: report the first failure, do not shrink it.
 settings.register_profile(
