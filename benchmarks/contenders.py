@@ -219,7 +219,7 @@ def _onednn_off() -> Iterator[None]:
 
 def _plain_loop(w: Workload) -> Contender | None:
     contender = ours(w)
-    contender.around = lambda: mock.patch("manual_lstm.stack.may_fuse", return_value=False)
+    contender.around = lambda: mock.patch("manual_lstm.engine.stack.may_fuse", return_value=False)
     return contender
 
 

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.timing import clock
 from benchmarks.workload import TRAINING, Settings, Workload
-from manual_lstm.gemm import find_onednn
+from manual_lstm.engine.gemm import find_onednn
 
 Call = Callable[[], object]
 

@@ -3,8 +3,8 @@
 from manual_lstm.cell import Step, gates, output_step
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
-from manual_lstm.opened import CellWeights, Unrolled
 from manual_lstm.swap import SwapCandidate, find_lstm, replace_lstm, restore_lstm
+from manual_lstm.unrolled import CellWeights, Unrolled
 
 __all__ = [
     "ManualLSTM",

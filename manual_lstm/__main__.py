@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from manual_lstm.checkpoint import CheckpointError, find, load, trial
-from manual_lstm.parity import show
+from manual_lstm.check.checkpoint import CheckpointError, find, load, trial
+from manual_lstm.check.parity import show
 
 
 def check(path: str) -> bool:

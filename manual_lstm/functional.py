@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from manual_lstm.stack import loop_for
+from manual_lstm.engine.stack import loop_for
 
 
 def lstm_forward(

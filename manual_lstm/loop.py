@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.context import is_tracing
+from manual_lstm.engine.context import is_tracing
 
 # What takes one step: x_t, h, c, weight_hh and weight_hr to a Step, as lstm_cell does.
 Cell = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Step]

@@ -19,15 +19,15 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from manual_lstm.carry import manual_state, official_state, settle, why_not
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.context import is_tracing
+from manual_lstm.engine.context import is_tracing
+from manual_lstm.engine.convert import manual_state, official_state, settle, why_not
+from manual_lstm.engine.dtypes import answer_dtypes, autocast, autocast_dtype, compute_dtype
+from manual_lstm.engine.nested import Jagged
+from manual_lstm.engine.opacus import SampleLoop, active_owner, attach, opacus_owner
+from manual_lstm.engine.stack import DirectionWeights, lstm_stack
 from manual_lstm.loop import project
-from manual_lstm.nested import Jagged
-from manual_lstm.opened import CellWeights, OpenLoop, Unrolled
-from manual_lstm.precision import answer_dtypes, autocast, autocast_dtype, compute_dtype
-from manual_lstm.private import SampleLoop, active_owner, attach, opacus_owner
-from manual_lstm.stack import DirectionWeights, lstm_stack
+from manual_lstm.unrolled import CellWeights, OpenLoop, Unrolled
 
 _Layer = TypeVar("_Layer", bound="ManualLSTM")
 

@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from manual_lstm import CellWeights, ManualLSTM, Step, replace_lstm, restore_lstm, stack
-from manual_lstm.fused import fused_direction
+from manual_lstm import CellWeights, ManualLSTM, Step, replace_lstm, restore_lstm
+from manual_lstm.engine import stack
+from manual_lstm.engine.fused import fused_direction
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import data
 from tests import equations

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from manual_lstm import ManualLSTM, stack
+from manual_lstm import ManualLSTM
+from manual_lstm.engine import stack
 from manual_lstm.loop import plain_direction
 from manual_lstm.report.function import Function, Point, loss, parts
 from manual_lstm.report.row import Setting

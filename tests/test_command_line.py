@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
 from manual_lstm.cell import lstm_cell
-from manual_lstm.checkpoint import FoundLSTM, find, load
-from manual_lstm.parity import ROWS, compare, twins
+from manual_lstm.check.checkpoint import FoundLSTM, find, load
+from manual_lstm.check.parity import ROWS, compare, twins
 
 Capture = pytest.CaptureFixture[str]
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from manual_lstm import ManualLSTM, fused, gemm, stack, steps
-from manual_lstm.context import may_fuse
+from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import run, twins
+from manual_lstm.engine import fused, gemm, stack, steps
+from manual_lstm.engine.context import may_fuse
 from manual_lstm.loop import plain_direction
-from manual_lstm.parity import run, twins
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import assert_close, results
 
@@ -468,7 +469,7 @@ def test_whatever_has_to_see_the_steps_takes_the_plain_loop(context: Any) -> Non
 
 def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert may_fuse([torch.zeros(1)])
-    monkeypatch.setattr("manual_lstm.context._functorch_active", None)
+    monkeypatch.setattr("manual_lstm.engine.context._functorch_active", None)
     assert not may_fuse([torch.zeros(1)])
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_lstm import ManualLSTM
-from manual_lstm.parity import twins
+from manual_lstm.check.parity import twins
 
 OPTIONS: list[dict[str, Any]] = [
     {},

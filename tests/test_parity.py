@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
-from manual_lstm.parity import run, twins
+from manual_lstm.check.parity import run, twins
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import assert_close, data, errors, oracle
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import manual_lstm.functional
 import manual_lstm.module
-import manual_lstm.swap
+import manual_lstm.swap.replace
 from manual_lstm.__main__ import main
 from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
 from tests.planted import MISTAKES, planted
@@ -76,7 +76,7 @@ def test_the_check_prints_what_the_readme_shows(
     [
         manual_lstm.module,
         manual_lstm.functional,
-        manual_lstm.swap,
+        manual_lstm.swap.replace,
         sys.modules[Case.__module__],  # which manual_lstm.testing.cases, the function, hides
         comparing,
         conformance,

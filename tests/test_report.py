@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from manual_lstm import ManualLSTM, stack
+from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
+from manual_lstm.engine import stack
 from manual_lstm.report import derivatives, nested, table, tools, training, transforms, weights
 from manual_lstm.report.row import Missing, Row, Setting
 

@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from manual_lstm import ManualLSTM, SwapCandidate, find_lstm, replace_lstm, restore_lstm
 from manual_lstm import module as module_module
-from manual_lstm import swap as swap_module
-from manual_lstm.parity import difference
+from manual_lstm.check.parity import difference
+from manual_lstm.swap import replace as swap_module
 from manual_lstm.testing.comparing import assert_close
 from tests.trees import Tree, trees
 

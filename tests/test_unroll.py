@@ -16,8 +16,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manual_lstm import ManualLSTM, Unrolled, stack
-from manual_lstm.context import may_fuse
+from manual_lstm import ManualLSTM, Unrolled
+from manual_lstm.engine import stack
+from manual_lstm.engine.context import may_fuse
 from manual_lstm.testing.cases import Case, cases
 from manual_lstm.testing.comparing import data
 from tests import equations

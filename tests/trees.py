@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from manual_lstm.parity import LSTM
+from manual_lstm.check.parity import LSTM
 
 # Each registers a hook that tells the log of its call.
 HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {

@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 
-from manual_lstm.parity import run
+from manual_lstm.check.parity import run
 from manual_lstm.report.row import Missing, Row, Setting, State
 
 Input = Tensor | PackedSequence

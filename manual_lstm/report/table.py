@@ -17,7 +17,7 @@ from manual_lstm.report import (
     derivatives,
     distributed,
     nested,
-    private,
+    opacus,
     tools,
     training,
     transforms,
@@ -27,7 +27,7 @@ from manual_lstm.report.row import Missing, Row, Setting
 
 ROWS: list[Row] = [
     *transforms.ROWS,
-    *private.ROWS,
+    *opacus.ROWS,
     *derivatives.ROWS,
     *compilers.ROWS,
     *training.ROWS,

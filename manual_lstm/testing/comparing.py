@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from manual_lstm.parity import run
+from manual_lstm.check.parity import run
 from manual_lstm.testing.cases import Case, Input, State
 
-# Outputs, states and gradients by name, as manual_lstm.parity.run gives them.
+# Outputs, states and gradients by name, as manual_lstm.check.parity.run gives them.
 Results = dict[str, Tensor]
 
 _EXACT = {torch.float64: 1e-12, torch.complex128: 1e-9}  # the complex tanh has poles

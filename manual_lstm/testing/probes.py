@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from manual_lstm.parity import difference
+from manual_lstm.check.parity import difference
 from manual_lstm.testing import mistakes
 from manual_lstm.testing.cases import (
     DEVICES,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from manual_lstm.carry import official_state, resembles, why_not
+from manual_lstm.engine.convert import official_state, resembles, why_not
 from manual_lstm.module import ManualLSTM
 
 M = TypeVar("M", bound=nn.Module)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_lstm.context import batches_only, unwrap_if_dead
-from manual_lstm.fused import direction, direction_backward
+from manual_lstm.engine.context import batches_only, unwrap_if_dead
+from manual_lstm.engine.fused import direction, direction_backward
 from manual_lstm.loop import plain_direction
 
 # The arguments of a direction, in order; of these two no gradient is asked.

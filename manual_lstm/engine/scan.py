@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.context import is_exporting
+from manual_lstm.engine.context import is_exporting
 from manual_lstm.loop import Loop, project
 
 try:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from manual_lstm.check.parity import compare, difference, run
 from manual_lstm.module import ManualLSTM
-from manual_lstm.parity import compare, difference, run
 
 _WEIGHT = re.compile(
     r"(.*\.)?((?:weight_ih|weight_hh|bias_ih|bias_hh|weight_hr)_l(\d+)(_reverse)?)", re.DOTALL

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.context import is_exporting
+from manual_lstm.engine.context import is_exporting
+from manual_lstm.engine.scan import may_scan, scan_loop
 from manual_lstm.loop import Cell, gate_loop, project
-from manual_lstm.scan import may_scan, scan_loop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from manual_lstm import ManualLSTM, samples, stack
+from manual_lstm import ManualLSTM
+from manual_lstm.engine import stack
+from manual_lstm.engine import vmap as sample_loop
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -128,7 +130,7 @@ CONTEXTS: dict[str, tuple[bool, Callable[[Model], Any]]] = {
 def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
     fast, compute = CONTEXTS[context]
     model = Model(options)
-    with mock.patch.object(stack, "sample_direction", wraps=samples.sample_direction) as operator:
+    with mock.patch.object(stack, "sample_direction", wraps=sample_loop.sample_direction) as operator:
         actual = compute(model)
     assert operator.called == fast
     with mock.patch.object(stack, "may_fold", return_value=False):

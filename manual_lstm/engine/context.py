@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from manual_lstm.precision import autocast_dtype
+from manual_lstm.engine.dtypes import autocast_dtype
 
 # What torch knows but does not say in public. Where a name is gone, the answer is the cautious one.
 _functorch_active: Callable[[], bool] | None = getattr(

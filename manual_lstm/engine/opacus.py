@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from manual_lstm.fused import direction, direction_backward
-from manual_lstm.samples import STATES, sample_sums
+from manual_lstm.engine.fused import direction, direction_backward
+from manual_lstm.engine.vmap import STATES, sample_sums
 
 
 def opacus_owner(hook: Any) -> Any:

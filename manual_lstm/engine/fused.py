@@ -47,11 +47,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from manual_lstm.context import transforms_active
-from manual_lstm.gemm import OuterSum, gate_products, repeated_product
+from manual_lstm.engine.context import transforms_active
+from manual_lstm.engine.dtypes import autocast_dtype
+from manual_lstm.engine.gemm import OuterSum, gate_products, repeated_product
+from manual_lstm.engine.steps import Steps
 from manual_lstm.loop import plain_direction
-from manual_lstm.precision import autocast_dtype
-from manual_lstm.steps import Steps
 
 _contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # grad * y * (1 - y)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.context import may_fold, may_fuse, transforms_active
-from manual_lstm.fused import fused_direction
+from manual_lstm.engine.context import may_fold, may_fuse, transforms_active
+from manual_lstm.engine.fused import fused_direction
+from manual_lstm.engine.scan import may_scan, scan_direction
+from manual_lstm.engine.vmap import sample_direction
 from manual_lstm.loop import plain_direction
-from manual_lstm.samples import sample_direction
-from manual_lstm.scan import may_scan, scan_direction
 
 # fused_direction and plain_direction: the same arguments, the same results.
 Direction = Callable[..., tuple[Tensor, Tensor, Tensor]]

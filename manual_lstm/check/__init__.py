@@ -1,0 +1,1 @@
+"""Compare the LSTMs of checkpoints with nn.LSTM: `python -m manual_lstm check`."""

@@ -1,0 +1,1 @@
+"""The machinery behind the layer: every way to run the loop, and the choice between them."""
