@@ -21,6 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch_first": {"batch_first": True},
     "all": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False, "batch_first": True},
 }
+
+
 SLOW = ("defaults", "all")  # what a slow row is tried on
 
 
@@ -109,3 +111,45 @@ def test_fake_tensors_take_the_operator() -> None:
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         ManualLSTM(4, 5)(torch.randn(6, 3, 4))
     assert str(next(iter(counter.get_flop_counts()["Global"]))) == "manual_lstm.direction"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_it_is_one_node_for_a_direction(options: dict[str, Any], packed: bool) -> None:
+    layer = ManualLSTM(3, 4, **options, dtype=torch.float64)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def function(x: Tensor, sizes: Tensor | None) -> Any:
+        input = x if sizes is None else nn.utils.rnn.PackedSequence(x, sizes)
+        output, (h_n, c_n) = layer(input)
+        return (output if sizes is None else output.data), h_n, c_n
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    x, sizes = torch.randn(5, 2, 3, dtype=torch.float64), None
+    if packed:
+        x, sizes = torch.randn(6, 3, dtype=torch.float64), torch.tensor([3, 2, 1])
+    torch.testing.assert_close(compiled(x, sizes), function(x, sizes), rtol=0, atol=1e-12)
+    directions = sum("manual_lstm.direction" in target for target in seen)
+    assert directions == len(layer.all_weights)
+    assert not any("addmm" in target or "sigmoid" in target for target in seen)
+    torch.compiler.reset()
+
+
+def test_compiled_training_has_the_same_gradients_for_other_lengths() -> None:
+    layer = ManualLSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T, B in ((5, 2), (9, 3), (4, 6)):
+        x = torch.randn(T, B, 3, dtype=torch.float64)
+        found = []
+        for lstm in (layer, compiled):
+            output, (_, c_n) = lstm(x)
+            loss = output.square().sum() + c_n.sum()
+            found.append(torch.autograd.grad(loss, list(layer.parameters())))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+    torch.compiler.reset()

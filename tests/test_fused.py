@@ -1,8 +1,5 @@
-"""The fused operator against its twin, the plain loop; and the products it is made of."""
+"""The fused operator against its twin, the plain loop."""
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -16,100 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import run, twins
-from manual_lstm.engine import fused, gemm, stack, steps
-from manual_lstm.engine.context import may_fuse
+from manual_lstm.engine import fused, steps
 from manual_lstm.loop import plain_direction
-from manual_lstm.testing import Case, assert_same_layer, cases
+from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import assert_close, results
-
-# One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
-Arguments = tuple[Any, ...]
-DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7)
-
-
-@contextmanager
-def patched(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for a while: for hypothesis, whose cases share one monkeypatch."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-def plainly() -> Any:
-    """The plain loop, whatever the choice would be."""
-    return patched(stack, may_fuse=lambda *_: False)
-
-
-def arguments(
-    sizes: list[int],
-    packed: bool,
-    I: int = 3,
-    H: int = 4,
-    P: int = 0,
-    bias: bool = True,
-    reverse: bool = False,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Arguments:
-    """Arguments of one direction, all of which require gradients."""
-    torch.manual_seed(seed)
-    B = max(sizes, default=2)
-
-    def randn(*shape: int) -> Tensor:
-        # Complex ones are small: sigmoid and tanh have poles on the imaginary axis.
-        return torch.randn(*shape, dtype=dtype).mul(0.1 if dtype.is_complex else 0.5).requires_grad_()
-
-    return (
-        randn(sum(sizes), I) if packed else randn(len(sizes), B, I),
-        torch.tensor(sizes, dtype=torch.int64) if packed else None,
-        randn(B, P or H),
-        randn(B, H),
-        randn(4 * H, I),
-        randn(4 * H, P or H),
-        randn(4 * H) if bias else None,
-        randn(P, H) if P else None,
-        reverse,
-    )
-
-
-@st.composite
-def drawn_arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Arguments:
-    packed = draw(st.booleans())
-    if packed:
-        sizes = sorted(draw(st.lists(st.integers(1, 6), min_size=1, max_size=9)), reverse=True)
-    else:
-        sizes = [draw(st.integers(0, 5))] * draw(st.integers(0, 9))
-    H = draw(st.integers(1, 20))
-    return arguments(
-        sizes,
-        packed,
-        I=draw(st.integers(1, 20)),
-        H=H,
-        P=draw(st.integers(1, H - 1)) if H > 1 and draw(st.booleans()) else 0,
-        bias=draw(st.booleans()),
-        reverse=draw(st.booleans()),
-        dtype=draw(st.sampled_from(dtypes)),
-        seed=draw(st.integers(0, 2**16)),
-    )
-
-
-def run_direction(function: Any, given_: Arguments, wanted: list[bool]) -> dict[str, Tensor]:
-    """The results, and all gradients of those of the three results that are wanted."""
-    outputs = function(*given_)
-    names = ("output", "h_n", "c_n")
-    found = {name: part.detach() for name, part in zip(names, outputs)}
-    loss = sum((part * torch.linspace(0.5, 1.5, part.numel()).reshape(part.shape)).sum().abs()
-               for part, want in zip(outputs, wanted) if want)  # fmt: skip
-    inputs = [given_[k] for k in DIFFERENTIABLE if given_[k] is not None]
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-    for k, (tensor, gradient) in enumerate(zip(inputs, gradients)):
-        found[f"gradient {k}"] = torch.zeros_like(tensor) if gradient is None else gradient
-    return found
+from tests.helpers.loops import (
+    DIFFERENTIABLE,
+    Arguments,
+    arguments,
+    drawn_arguments,
+    patched,
+    plainly,
+    run_direction,
+)
 
 
 @given(
@@ -163,22 +79,6 @@ def test_opcheck(configuration: dict[str, Any], save: bool) -> None:
         given_ = (output, h_n, c_n, *tensors, reverse, *kept, needs)
         torch.library.opcheck(fused.direction_backward, given_)
         torch.library.opcheck(fused.direction_backward, (*given_, True))
-
-
-def test_more_data_than_steps_is_an_error() -> None:
-    given_ = list(arguments([2, 1], packed=True))
-    given_[0] = torch.randn(5, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"3 rows.*got 5"):
-        fused.fused_direction(*given_)
-
-
-@pytest.mark.parametrize("sizes", [[1, 1, 0, 0], [1, 0], [3, 2, 0, 0], [0, 0]], ids=str)
-@pytest.mark.parametrize("H", [3, 4])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_steps_of_no_sequence_at_the_end(sizes: list[int], H: int, reverse: bool) -> None:
-    given_ = arguments(sizes, packed=True, H=H, reverse=reverse)
-    expected = run_direction(plain_direction, given_, [True] * 3)
-    assert_close(run_direction(fused.fused_direction, given_, [True] * 3), expected, 1e-12)
 
 
 @pytest.mark.parametrize("sizes", [[], [2], [2, 2]], ids=str)
@@ -384,137 +284,6 @@ def test_second_order_under_autocast_is_as_exact_as_outside() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-# The choice of the loop.
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """How often the stack ran the fused direction."""
-    calls: list[int] = []
-    original = fused.fused_direction
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    with patched(stack, fused_direction=spy):
-        yield calls
-
-
-def test_ordinary_calls_take_the_operator() -> None:
-    layer = ManualLSTM(3, 4, 2, bidirectional=True)
-    x = torch.randn(5, 2, 3)
-    packed = pack_padded_sequence(x, [3, 5], enforce_sorted=False)
-    for input in (x, x[:, 0], packed, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
-            with context, counted() as calls:
-                layer(input)
-            assert len(calls) == 4
-    with counted() as calls:
-        layer(x[:1])
-    assert not calls  # one step has nothing to fuse
-
-
-def _vmap(layer: ManualLSTM, x: Tensor) -> Any:
-    return torch.vmap(lambda x: layer(x)[0])(x.expand(2, *x.shape))
-
-
-def _grad(layer: ManualLSTM, x: Tensor) -> Any:
-    return torch.func.grad(lambda x: layer(x)[0].sum())(x)
-
-
-def _jvp(layer: ManualLSTM, x: Tensor) -> Any:
-    return torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
-
-
-def _forward_ad(layer: ManualLSTM, x: Tensor) -> Any:
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, x)  # type: ignore[no-untyped-call]
-        return layer(dual)[0]
-
-
-def _hessian(layer: ManualLSTM, x: Tensor) -> Any:
-    return torch.func.hessian(lambda x: layer(x)[0].sum())(x)
-
-
-def _trace(layer: ManualLSTM, x: Tensor) -> Any:
-    return torch.jit.trace(layer, (x,), check_trace=False)(x)  # type: ignore[no-untyped-call]
-
-
-def _export(layer: ManualLSTM, x: Tensor) -> Any:
-    program = torch.export.export(layer, (x,))
-    assert "manual_lstm" not in program.graph_module.code
-    return program.module()(x)
-
-
-class _Subclass(Tensor):
-    pass
-
-
-def _subclass(layer: ManualLSTM, x: Tensor) -> Any:
-    return layer(x.as_subclass(_Subclass))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "context", [_vmap, _grad, _jvp, _forward_ad, _hessian, _trace, _export, _subclass]
-)
-def test_whatever_has_to_see_the_steps_takes_the_plain_loop(context: Any) -> None:
-    layer = ManualLSTM(3, 4)
-    x = torch.randn(3, 2, 3)
-    with counted() as calls:
-        context(layer, x)
-    assert not calls
-
-
-def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert may_fuse([torch.zeros(1)])
-    monkeypatch.setattr("manual_lstm.engine.context._functorch_active", None)
-    assert not may_fuse([torch.zeros(1)])
-
-
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiled_it_is_one_node_for_a_direction(options: dict[str, Any], packed: bool) -> None:
-    layer = ManualLSTM(3, 4, **options, dtype=torch.float64)
-    seen: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    def function(x: Tensor, sizes: Tensor | None) -> Any:
-        input = x if sizes is None else nn.utils.rnn.PackedSequence(x, sizes)
-        output, (h_n, c_n) = layer(input)
-        return (output if sizes is None else output.data), h_n, c_n
-
-    torch.compiler.reset()
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
-    x, sizes = torch.randn(5, 2, 3, dtype=torch.float64), None
-    if packed:
-        x, sizes = torch.randn(6, 3, dtype=torch.float64), torch.tensor([3, 2, 1])
-    torch.testing.assert_close(compiled(x, sizes), function(x, sizes), rtol=0, atol=1e-12)
-    directions = sum("manual_lstm.direction" in target for target in seen)
-    assert directions == len(layer.all_weights)
-    assert not any("addmm" in target or "sigmoid" in target for target in seen)
-    torch.compiler.reset()
-
-
-def test_compiled_training_has_the_same_gradients_for_other_lengths() -> None:
-    layer = ManualLSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T, B in ((5, 2), (9, 3), (4, 6)):
-        x = torch.randn(T, B, 3, dtype=torch.float64)
-        found = []
-        for lstm in (layer, compiled):
-            output, (_, c_n) = lstm(x)
-            loss = output.square().sum() + c_n.sum()
-            found.append(torch.autograd.grad(loss, list(layer.parameters())))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
-    torch.compiler.reset()
-
-
 def test_flops_are_counted() -> None:
     layer, x = ManualLSTM(3, 4, proj_size=2), torch.randn(5, 2, 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -525,76 +294,6 @@ def test_flops_are_counted() -> None:
         layer(x)[0].sum().backward()
     # x has no gradient; the recurrent and the projecting product have two in the backward.
     assert counter.get_total_flops() == 2 * forward + 2 * 10 * (16 * 2 + 2 * 4)
-
-
-# The products.
-
-
-@contextmanager
-def onednn_everywhere() -> Iterator[None]:
-    """oneDNN for all float32 on CPU, whatever the size."""
-
-    def prefers(weight: Tensor, rows: int) -> bool:
-        return weight.dtype == torch.float32 and weight.device.type == "cpu" and rows > 0
-
-    with patched(gemm, _prefers_onednn=prefers):
-        yield
-
-
-has_onednn = pytest.mark.skipif(
-    None in (gemm._linear, gemm._linear_add, gemm._pack), reason="no oneDNN operators in this torch"
-)
-
-
-@has_onednn
-@given(case=cases(dtypes=(torch.float32,), devices=("cpu",)))
-def test_onednn_is_as_exact_as_nn_lstm(case: Case) -> None:
-    reference, layer = case.pair(ManualLSTM)
-    with onednn_everywhere():
-        assert_same_layer(layer, reference, case)
-
-
-@has_onednn
-def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    linear = gemm._linear
-
-    def spy(*args: Any) -> Tensor:
-        calls.append("onednn")
-        assert linear is not None
-        return linear(*args)
-
-    monkeypatch.setattr(gemm, "_linear", spy)
-    layer, x = ManualLSTM(8, 512), torch.randn(3, 16, 8)
-    with torch.no_grad():
-        with_onednn = layer(x)
-        assert len(calls) == 4  # the input of all steps, and three steps
-        with torch.backends.mkldnn.flags(enabled=False):
-            without = layer(x)
-        copy.deepcopy(layer).double()(x.double())  # which oneDNN does not know
-        assert len(calls) == 4
-        monkeypatch.setattr(gemm, "_linear_add", None)  # a torch that has lost the operator
-        fallback = layer(x)
-    assert len(calls) == 4
-    torch.testing.assert_close(with_onednn, without)
-    assert torch.equal(without[0], fallback[0])
-
-
-@has_onednn
-def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
-    given_ = arguments([3] * 10, packed=False, dtype=torch.float32)
-    strided = [t.t().contiguous().t() if k in (2, 3, 4, 5) else t for k, t in enumerate(given_)]
-    found = []
-    for these in (given_, strided):
-        with onednn_everywhere():
-            found.append(run_direction(fused.fused_direction, tuple(these), [True] * 3))
-    assert_close(found[1], found[0], 1e-6)
-
-
-def test_operators_that_do_not_exist_are_not_found() -> None:
-    assert gemm.find_onednn("_no_such_operator", "default") is None
-    assert gemm.find_onednn("_linear_pointwise", "no_such_overload") is None
 
 
 @given(case=cases(large=False, without={"dropout"}))

@@ -1,9 +1,10 @@
-"""The manners of a Module: parameters, checkpoints, copies, hooks, tracing, threads."""
+"""The manners of a Module: construction, parameters, checkpoints, copies, hooks, tracing, threads."""
 
 import copy
 import inspect
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from manual_lstm import ManualLSTM
-from manual_lstm.testing import Case, cases
+from manual_lstm.testing import Case, cases, mistakes
+from tests.helpers.models import old_weight_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -86,6 +88,83 @@ def test_signature_is_that_of_nn_lstm() -> None:
     assert not issubclass(ManualLSTM, nn.LSTM)
     public = {name for name in dir(nn.LSTM) if not name.startswith("_")}
     assert public <= set(dir(ManualLSTM))
+
+
+# What the message shows for each of mistakes.ARGUMENTS, in their order.
+ARGUMENTS_SHOWN = [
+    "'yes'",
+    "bias .* 1",
+    "batch_first .* None",
+    "input_size .* 3.0",
+    "hidden_size .* 4.5",
+    "input_size .* None",
+    "input_size .* 0",
+    "input_size .* -1",
+    "hidden_size .* 0",
+    "hidden_size .* -4",
+    "num_layers .* 0",
+    "num_layers .* -1",
+    "num_layers .* 1.5",
+    "num_layers .* '2'",
+    "num_layers .* None",
+    "proj_size .* -1",
+    "proj_size .* smaller than hidden_size, 4, but got 4",
+    "proj_size .* 9",
+    "proj_size .* 1.5",
+    "proj_size .* '1'",
+    "proj_size .* None",
+    "dropout .* '0.5'",
+    "dropout .* 'much'",
+    "dropout .* None",
+    "dropout .* True",
+    "dropout .* -0.1",
+    "dropout .* 1.1",
+    "dropout .* nan",
+    "dropout .* 1j",
+    "dropout .* tensor",
+    r"dropout .* \[0.5\]",
+    "dropout .* 1000",
+    "dropout .* 2",
+    "nowhere",
+    "float",
+    "floating point",
+    "str",
+    "hidden_size",
+    "width",
+]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "shown"), list(zip(mistakes.ARGUMENTS, ARGUMENTS_SHOWN, strict=True)), ids=str
+)
+def test_constructor(mistake: tuple[tuple[Any, ...], dict[str, Any]], shown: str) -> None:
+    args, kwargs = mistake
+    with pytest.raises(Exception, match=f"(?s){shown}") as actual:
+        ManualLSTM(*args, **kwargs)
+    if mistakes.unsettled(args, kwargs):
+        assert actual.type in (TypeError, ValueError)  # nn.LSTM did not look yet
+        return
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        nn.LSTM(*args, **kwargs)
+    assert actual.type is expected.type
+
+
+@pytest.mark.parametrize("bidirectional", ["no", 1, None])
+def test_bidirectional_that_is_no_bool_is_refused_at_once(bidirectional: Any) -> None:
+    with pytest.raises(TypeError):  # nn.LSTM builds it, and fails when called
+        nn.LSTM(3, 4, bidirectional=bidirectional)(torch.zeros(1, 1, 3))
+    with pytest.raises(TypeError, match="bidirectional should be a bool"):
+        ManualLSTM(3, 4, bidirectional=bidirectional)
+
+
+def test_dropout_with_one_layer_warns_at_the_callers_line() -> None:
+    with pytest.warns(UserWarning, match="dropout=0.5 and num_layers=1") as caught:
+        ManualLSTM(3, 4, dropout=0.5)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ManualLSTM(3, 4, 2, dropout=0.5)
+        ManualLSTM(3, 4)
 
 
 def _deepcopied(layer: ManualLSTM) -> ManualLSTM:
@@ -178,18 +257,15 @@ class _Halved(nn.Module):
 
 
 OPTIONS = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bidirectional": True, "proj_size": 2}
+
+
 WEIGHTS = [name for name in ManualLSTM(**OPTIONS).state_dict() if name.startswith("weight")]  # type: ignore[arg-type]
-
-
-def _old_weight_norm(layer: nn.Module, name: str) -> None:
-    with pytest.warns(FutureWarning):
-        nn.utils.weight_norm(layer, name)
 
 
 CHANGES: dict[str, Callable[..., Any]] = {
     "parametrize": lambda layer, name: parametrize.register_parametrization(layer, name, _Halved()),
     "weight_norm": parametrizations.weight_norm,
-    "old weight_norm": _old_weight_norm,
+    "old weight_norm": old_weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
     "pruning": lambda layer, name: prune.RandomUnstructured.apply(layer, name, amount=0.5),  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
 LENGTHS = [[2, 5, 1, 5], [3, 0, 4], [0, 0], [1]]
 
 
-def one_by_one(
+def run_one_by_one(
     layer: nn.LSTM, sequences: list[Tensor], h_0: Tensor, c_0: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     outputs, h_n, c_n = [], [], []
@@ -33,7 +33,7 @@ def one_by_one(
     return outputs, torch.stack(h_n, 1), torch.stack(c_n, 1)
 
 
-def gradients(results: list[Tensor], inputs: list[Any]) -> list[Tensor]:
+def sine_gradients(results: list[Tensor], inputs: list[Any]) -> list[Tensor]:
     loss = torch.stack([part.sin().sum() for part in results]).sum()
     found = torch.autograd.grad(loss, inputs, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
@@ -53,9 +53,9 @@ def test_equal_to_the_sequences_one_by_one(
     hx = [make(L, B, n, dtype=torch.float64, requires_grad=True) for n in (P, 5)]
     sequences = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in lengths]
 
-    outputs, *states = one_by_one(reference, sequences, *hx)
+    outputs, *states = run_one_by_one(reference, sequences, *hx)
     inputs = [*sequences, *hx]
-    wanted = gradients([*outputs, *states], [*inputs, *reference.parameters()])
+    wanted = sine_gradients([*outputs, *states], [*inputs, *reference.parameters()])
 
     nested: Any = torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
     output, (h_n, c_n) = layer(nested, tuple(hx) if with_hx else None)
@@ -69,7 +69,7 @@ def test_equal_to_the_sequences_one_by_one(
 
     if not with_hx:
         inputs, wanted = sequences, wanted[:B] + wanted[B + 2 :]
-    found = gradients([output.values(), h_n, c_n], [*inputs, *layer.parameters()])
+    found = sine_gradients([output.values(), h_n, c_n], [*inputs, *layer.parameters()])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 

@@ -59,7 +59,7 @@ def make_input(form: str) -> Any:
     return pack_sequence(each, enforce_sorted=False)
 
 
-def one_by_one(
+def gradients_one_by_one(
     layer: ManualLSTM, form: str, loss: Loss, hx: tuple[Tensor, Tensor] | None
 ) -> dict[str, Tensor]:
     each = sequences(form)
@@ -85,7 +85,7 @@ def test_equal_to_the_samples_one_by_one(
     torch.manual_seed(0)
     layer = ManualLSTM(I, H, batch_first=True, dtype=torch.float64, **options)
     hx = states(options) if with_hx else None
-    expected = one_by_one(layer, form, LOSSES[loss], hx)
+    expected = gradients_one_by_one(layer, form, LOSSES[loss], hx)
     model = GradSampleModule(layer, loss_reduction="sum")
     output, (h_n, c_n) = model(make_input(form), hx)
     LOSSES[loss](output.values() if form == "nested" else output, h_n, c_n).backward()  # type: ignore[no-untyped-call]

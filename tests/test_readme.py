@@ -16,7 +16,7 @@ import manual_lstm.module
 import manual_lstm.swap.replace
 from manual_lstm.__main__ import main
 from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
-from tests.planted import MISTAKES, planted
+from tests.helpers.planted import MISTAKES, planted
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

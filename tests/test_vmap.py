@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from manual_lstm import ManualLSTM
 from manual_lstm.engine import stack
 from manual_lstm.engine import vmap as sample_loop
+from tests.helpers.layers import randn
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -22,11 +23,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-class Model:
+class LayerOfSamples:
     """A layer as a function of its parameters, and inputs for it: one sample's, and six samples'."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -61,7 +58,7 @@ class Model:
 
 
 # Whether the operator runs, and what is computed.
-CONTEXTS: dict[str, tuple[bool, Callable[[Model], Any]]] = {
+CONTEXTS: dict[str, tuple[bool, Callable[[LayerOfSamples], Any]]] = {
     "grad": (True, lambda m: grad(m.loss, (0, 1, 2))(m.p, m.x, m.hx)),
     "per sample": (True, lambda m: vmap(grad(m.loss, (0, 1)), (None, 0))(m.p, m.xs)),
     "per state": (True, lambda m: vmap(grad(m.loss, (0, 2)), (None, None, 0))(m.p, m.x, m.hxs)),
@@ -129,7 +126,7 @@ CONTEXTS: dict[str, tuple[bool, Callable[[Model], Any]]] = {
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
     fast, compute = CONTEXTS[context]
-    model = Model(options)
+    model = LayerOfSamples(options)
     with mock.patch.object(stack, "sample_direction", wraps=sample_loop.sample_direction) as operator:
         actual = compute(model)
     assert operator.called == fast
@@ -139,7 +136,7 @@ def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
 
 
 def test_per_sample_gradients_are_those_of_each_sample() -> None:
-    model = Model(OPTIONS[2])
+    model = LayerOfSamples(OPTIONS[2])
     together = vmap(grad(model.loss), (None, 0))(model.p, model.xs)
     for k in range(6):
         alone = torch.autograd.grad(model.loss(model.p, model.xs[k]), list(model.p.values()))

@@ -1,7 +1,6 @@
 """Layers with another cell: the README's, against the equations of their papers, in every context."""
 
 import copy
-import pickle
 from typing import Any
 from unittest import mock
 
@@ -11,42 +10,19 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from manual_lstm import CellWeights, ManualLSTM, Step, replace_lstm, restore_lstm
-from manual_lstm.engine import stack
-from manual_lstm.engine.fused import fused_direction
+from manual_lstm import CellWeights, ManualLSTM, Step
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import data
-from tests import equations
-from tests.equations import Made, gradients, parts, run_case, split
-from tests.recipes import EQUATIONS, RECIPES, TEXTS
+from tests.helpers import equations
+from tests.helpers.changed import every_recipe, make_recipe, stir
+from tests.helpers.equations import Made, gradients, parts, run_case, split
+from tests.helpers.layers import DEEP, randn
+from tests.helpers.loops import runs_fused
+from tests.helpers.recipes import EQUATIONS, RECIPES, TEXTS
 
-every_recipe = pytest.mark.parametrize("name", RECIPES)
-OWN = {"LayerNormLSTM": ["ln_x", "ln_h", "ln_c"], "PeepholeLSTM": ["peephole"]}
 RANDOM = ["ZoneoutLSTM", "VariationalLSTM"]
-DEEP: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 3}
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def stir(layer: ManualLSTM) -> None:
-    """Move the cell's own parameters away from where they begin, which hides mistakes."""
-    own = [name for name in layer.state_dict() if not name.startswith(("weight_", "bias_"))]
-    with torch.no_grad():
-        for name in own:
-            parameter = layer.get_parameter(name)
-            parameter.add_(0.5 * torch.randn_like(parameter))
-
-
-def make(name: str, training: bool = False, **options: Any) -> ManualLSTM:
-    torch.manual_seed(0)
-    layer = RECIPES[name](3, 4, **{"dtype": torch.float64, **options})
-    stir(layer)
-    return layer.train(training)
 
 
 # The equations
@@ -126,7 +102,7 @@ def test_derivatives_against_finite_differences(name: str, training: bool) -> No
 @every_recipe
 @pytest.mark.parametrize("shape", [(0, 2, 3), (4, 0, 3)])
 def test_no_steps_and_no_sequences(name: str, shape: tuple[int, int, int]) -> None:
-    layer = make(name, training=True, **DEEP)
+    layer = make_recipe(name, training=True, **DEEP)
     hx = randn(4, shape[1], 3), randn(4, shape[1], 4)
     output, states = layer(randn(*shape), hx)
     assert output.shape == (*shape[:2], 6)
@@ -138,7 +114,7 @@ def test_no_steps_and_no_sequences(name: str, shape: tuple[int, int, int]) -> No
 
 
 def test_in_training_zoneout_keeps_some_units_and_renews_the_others() -> None:
-    layer = make("ZoneoutLSTM", training=True, num_layers=2, bidirectional=True)
+    layer = make_recipe("ZoneoutLSTM", training=True, num_layers=2, bidirectional=True)
     x = pack_sequence([randn(n, 3) for n in (30, 90, 60)], enforce_sorted=False)
     torch.manual_seed(1)
     seen = layer.unroll(x)
@@ -170,7 +146,7 @@ def test_in_training_zoneout_keeps_some_units_and_renews_the_others() -> None:
 
 
 def test_the_probability_of_one_layer() -> None:
-    layer: Any = make("ZoneoutLSTM", training=True)
+    layer: Any = make_recipe("ZoneoutLSTM", training=True)
     layer.zone_c = layer.zone_h = 1.0
     hx = randn(1, 2, 4), randn(1, 2, 4)
     for training in (True, False):
@@ -185,7 +161,7 @@ def test_the_probability_of_one_layer() -> None:
 
 def test_one_mask_for_each_sequence_layer_and_direction() -> None:
     drawn: list[Tensor] = []
-    layer = make("VariationalLSTM", training=True, num_layers=2, bidirectional=True)
+    layer = make_recipe("VariationalLSTM", training=True, num_layers=2, bidirectional=True)
     draw = type(layer).per_sequence
 
     def recording(self: ManualLSTM, h_0: Tensor, c_0: Tensor) -> dict[str, Tensor]:
@@ -207,7 +183,7 @@ def test_one_mask_for_each_sequence_layer_and_direction() -> None:
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_the_seed_decides(name: str) -> None:
-    layer = make(name, training=True, **DEEP)
+    layer = make_recipe(name, training=True, **DEEP)
     x = randn(5, 2, 3)
 
     def results(seed: int) -> Tensor:
@@ -223,163 +199,12 @@ def test_the_seed_decides(name: str) -> None:
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_vmap_draws_the_same_for_all_or_another_for_each(name: str) -> None:
-    layer = make(name, training=True)
+    layer = make_recipe(name, training=True)
     xs = randn(5, 2, 3).expand(3, 5, 2, 3)
     same = vmap(lambda x: layer(x)[0], randomness="same")(xs)
     assert torch.equal(same[0], same[1])
     different = vmap(lambda x: layer(x)[0], randomness="different")(xs)
     assert not torch.equal(different[0], different[1])
-
-
-# Parameters
-
-
-@pytest.mark.parametrize("options", [{}, DEEP, {"bias": False, "num_layers": 2}], ids=str)
-@every_recipe
-def test_the_state_dict_is_that_of_nn_lstm_and_the_cells_own(
-    name: str, options: dict[str, Any]
-) -> None:
-    torch.manual_seed(1)
-    reference = nn.LSTM(3, 4, **options)
-    layer = RECIPES[name](3, 4, **options)
-    suffixes = [key.removeprefix("weight_ih") for key in reference.state_dict() if "weight_ih" in key]
-    own = [kind + suffix for suffix in suffixes for kind in OWN.get(name, [])]
-    assert list(layer.state_dict()) == [*reference.state_dict(), *own]
-    assert [key for key, _ in layer.named_parameters()] == [*reference.state_dict(), *own]
-
-    loaded = layer.load_state_dict(reference.state_dict(), strict=False)
-    assert (loaded.missing_keys, loaded.unexpected_keys) == (own, [])
-    if own:
-        with pytest.raises(RuntimeError, match="Missing key"):
-            layer.load_state_dict(reference.state_dict())
-    again = RECIPES[name](3, 4, **options)
-    again.load_state_dict(layer.state_dict())
-    reference.load_state_dict({k: v for k, v in layer.state_dict().items() if k not in own})
-
-
-@pytest.mark.parametrize("options", [{}, DEEP, {"bias": False, "num_layers": 2}], ids=str)
-@pytest.mark.parametrize("name", ["PeepholeLSTM", "ZoneoutLSTM", "VariationalLSTM"])
-def test_where_it_begins_as_nn_lstm(name: str, options: dict[str, Any]) -> None:
-    reference = nn.LSTM(3, 4, dtype=torch.float64, **options)
-    layer: Any = RECIPES[name].from_lstm(reference)
-    if name == "ZoneoutLSTM":
-        layer.zone_c = layer.zone_h = 0.0
-    layer.eval()
-    for x in (randn(5, 2, 3), pack_sequence([randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)):
-        torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_each_direction_owns_its_parameters(name: str) -> None:
-    layer = make(name, **DEEP)
-    own = [[f"{kind}_l{k}{r}" for kind in OWN[name]] for k in (0, 1) for r in ("", "_reverse")]
-    tensors = [layer.get_parameter(key) for names in own for key in names]
-    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
-    x = randn(5, 2, 3)
-    before = layer.unroll(x).c
-    for k, names in enumerate(own):  # a direction's own parameters change that direction first
-        other = copy.deepcopy(layer)
-        with torch.no_grad():
-            other.get_parameter(names[0]).add_(0.1)
-        after = other.unroll(x).c
-        changed = [not torch.equal(a, b) for a, b in zip(before, after)]  # type: ignore[arg-type]
-        assert changed == [j == k or (j > 1 and k < 2) for j in range(4)]
-
-
-@every_recipe
-def test_reset_parameters(name: str) -> None:
-    reference, layer = nn.LSTM(3, 4, num_layers=2), RECIPES[name](3, 4, num_layers=2)
-    start = copy.deepcopy(layer)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.fill_(7.0)
-    kept = list(layer.parameters())
-    torch.manual_seed(5)
-    layer.reset_parameters()
-    torch.manual_seed(5)
-    reference.reset_parameters()
-    assert all(a is b for a, b in zip(kept, layer.parameters()))
-    own = {key: value for key, value in start.state_dict().items() if key not in reference.state_dict()}
-    expected = {**reference.state_dict(), **own}
-    torch.testing.assert_close(dict(layer.state_dict()), expected, rtol=0, atol=0)
-
-
-@every_recipe
-def test_copies(name: str) -> None:
-    layer = make(name, **DEEP)
-    x = randn(5, 2, 3)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(other) is RECIPES[name]
-        assert {p.data_ptr() for p in other.parameters()}.isdisjoint(
-            p.data_ptr() for p in layer.parameters()
-        )
-        torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
-
-
-@every_recipe
-def test_training_reaches_every_parameter(name: str) -> None:
-    layer = make(name, training=True, **DEEP)
-    before = copy.deepcopy(layer.state_dict())
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    layer(randn(5, 2, 3))[0].square().sum().backward()
-    optimizer.step()
-    for key, value in layer.state_dict().items():
-        assert not torch.equal(value, before[key]), key
-
-
-# Where a layer comes from
-
-
-@every_recipe
-def test_from_lstm_and_swapping(name: str) -> None:
-    cls = RECIPES[name]
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.LSTM(3, 4, num_layers=2, bidirectional=True)})
-    model.double().eval()
-    alone = [cls.from_lstm(lstm) for lstm in model.values()]  # type: ignore[arg-type]
-    layers, weights = list(model.values()), list(model.parameters())
-    assert replace_lstm(model, layer_class=cls) is model
-    assert list(model.values()) == layers
-    assert all(type(layer) is cls for layer in layers)
-    own = {id(p) for p in model.parameters()} - {id(p) for p in weights}
-    assert {id(p) for p in weights} <= {id(p) for p in model.parameters()}
-    assert len(own) == 5 * len(OWN.get(name, []))
-    assert all(p.dtype == torch.float64 for p in model.parameters())
-    x = randn(5, 2, 3)
-    for layer, other in zip(layers, alone):
-        assert layer.weight_ih_l0 is other.weight_ih_l0
-        assert list(layer.state_dict()) == list(other.state_dict())
-        torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
-
-    replace_lstm(model)  # twice is once
-    assert all(type(layer) is cls for layer in layers)
-    with pytest.warns(UserWarning, match="left as it is"):
-        restore_lstm(model)
-    assert all(type(layer) is cls for layer in layers)
-    with pytest.raises(TypeError, match="only a ManualLSTM"):
-        alone[0].to_lstm()
-
-
-def test_a_swap_that_fails_leaves_the_model_as_it_was() -> None:
-    class Second(ManualLSTM):
-        def cell_parameters(self) -> dict[str, Tensor]:
-            if self.hidden_size == 5:
-                raise KeyError("no such size")
-            return {"scale": torch.ones(self.hidden_size)}
-
-    model = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 5)])
-    before = [(type(layer), dict(vars(layer)), list(layer._parameters)) for layer in model]
-    with pytest.raises(KeyError, match="no such size"):
-        replace_lstm(model, layer_class=Second)
-    assert [(type(layer), dict(vars(layer)), list(layer._parameters)) for layer in model] == before
-    with pytest.raises(KeyError, match="no such size"):
-        Second.from_lstm(model[1])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("wrong", [nn.LSTM, nn.Linear, "ManualLSTM", ManualLSTM(1, 1)], ids=str)
-def test_another_class_is_no_layer_class(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="layer_class should be ManualLSTM or a subclass"):
-        replace_lstm(nn.LSTM(3, 4), layer_class=wrong)
 
 
 # Dtypes
@@ -388,7 +213,7 @@ def test_another_class_is_no_layer_class(wrong: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_recipe
 def test_half_precision_is_float32_rounded_once(name: str, dtype: torch.dtype) -> None:
-    layer = make(name, **DEEP).to(dtype)
+    layer = make_recipe(name, **DEEP).to(dtype)
     assert all(p.dtype == dtype for p in layer.parameters())
     wide = copy.deepcopy(layer).float()
     for x in (randn(5, 2, 3), pack_sequence([randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)):
@@ -407,7 +232,7 @@ def _to(results: Any, dtype: torch.dtype) -> Any:
 
 @every_recipe
 def test_autocast(name: str) -> None:
-    layer = make(name, dtype=torch.float32, num_layers=2, bidirectional=True)
+    layer = make_recipe(name, dtype=torch.float32, num_layers=2, bidirectional=True)
     x = torch.randn(5, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         output, (h_n, c_n) = layer(x)
@@ -423,7 +248,7 @@ def test_autocast(name: str) -> None:
 
 @every_recipe
 def test_vmap(name: str) -> None:
-    layer = make(name, **DEEP)
+    layer = make_recipe(name, **DEEP)
     xs, hs, cs = randn(3, 5, 2, 3), randn(3, 4, 2, 3), randn(3, 4, 2, 4)
     actual = vmap(lambda x, h, c: layer(x, (h, c)))(xs, hs, cs)
     alone = [layer(x, (h, c)) for x, h, c in zip(xs, hs, cs)]
@@ -433,7 +258,7 @@ def test_vmap(name: str) -> None:
     )
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
-    ensemble = [make(name, **DEEP) for _ in range(3)]
+    ensemble = [make_recipe(name, **DEEP) for _ in range(3)]
     for member in ensemble[1:]:
         stir(member)
         nn.init.normal_(member.weight_hh_l0)  # type: ignore[arg-type]
@@ -445,7 +270,7 @@ def test_vmap(name: str) -> None:
 
 @every_recipe
 def test_gradients_of_each_sample(name: str) -> None:
-    layer = make(name, **DEEP)
+    layer = make_recipe(name, **DEEP)
     parameters: dict[str, Tensor] = dict(layer.named_parameters())
     xs = randn(3, 5, 2, 3)
 
@@ -463,7 +288,7 @@ def test_gradients_of_each_sample(name: str) -> None:
 
 @every_recipe
 def test_jvp(name: str) -> None:
-    layer = make(name, **DEEP)
+    layer = make_recipe(name, **DEEP)
     x, v = randn(5, 2, 3), randn(5, 2, 3)
     tangent = jvp(lambda x: layer(x)[0], (x,), (v,))[1]
     eps = 1e-6
@@ -478,7 +303,7 @@ def test_jvp(name: str) -> None:
 @every_recipe
 def test_compile(name: str, packed: bool) -> None:
     torch.compiler.reset()
-    layer = make(name, bidirectional=True, proj_size=3)
+    layer = make_recipe(name, bidirectional=True, proj_size=3)
     x: Any = randn(3, 2, 3)
     if packed:
         x = pack_sequence([randn(2, 3), randn(3, 3)], enforce_sorted=False)
@@ -494,108 +319,9 @@ def test_compile(name: str, packed: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@every_recipe
-def test_export_with_any_length_and_batch(name: str, strict: bool) -> None:
-    layer = make(name, bidirectional=True)
-    dim = torch.export.Dim.DYNAMIC
-    # The operator scan of torch 2.13, exported strictly with gradients, wants a gradient of each gate,
-    # and CoupledLSTM leaves one alone.
-    with torch.set_grad_enabled(not (strict and name == "CoupledLSTM")):
-        program = torch.export.export(
-            layer, (randn(5, 3, 3),), dynamic_shapes=({0: dim, 1: dim},), strict=strict
-        )
-    for T, B in ((5, 3), (9, 2), (2, 7)):
-        x = randn(T, B, 3)
-        torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=1e-13)
-
-
-# What is said of mistakes
-
-
-def with_cell(cell: Any = None, **methods: Any) -> ManualLSTM:
-    cls: Any = type("Changed", (ManualLSTM,), {"cell": cell, **methods} if cell else methods)
-    layer: ManualLSTM = cls(3, 4)
-    return layer
-
-
-def test_a_cell_that_returns_no_step() -> None:
-    layer = with_cell(lambda self, x_t, h, c, w: (h, c))
-    with pytest.raises(TypeError, match="cell should return a Step, but got tuple"):
-        layer(torch.randn(5, 2, 3))
-
-
-@pytest.mark.parametrize(
-    ("given_values", "error", "message"),
-    [
-        ({"scale": 1.0}, TypeError, "cell_parameters should return tensors, but scale is float"),
-        ({"weight_hh": torch.ones(1)}, ValueError, "new names, but got 'weight_hh'"),
-        ({"bias_ih": torch.ones(1)}, ValueError, "new names, but got 'bias_ih'"),
-        ({"bias": torch.ones(1)}, ValueError, "new names, but got 'bias'"),
-        ({"weight_hr": torch.ones(1)}, ValueError, "new names, but got 'weight_hr'"),
-    ],
-)
-def test_parameters_that_cannot_be(
-    given_values: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        with_cell(cell_parameters=lambda self: given_values)
-    cls: Any = type("Changed", (ManualLSTM,), {"cell_parameters": lambda self: given_values})
-    with pytest.raises(error, match=message):
-        cls.from_lstm(nn.LSTM(3, 4))
-
-
-def test_a_name_that_the_layer_has() -> None:
-    lstm = nn.LSTM(3, 4)
-    lstm.register_buffer("scale_l0", torch.ones(1))
-    cls: Any = type(
-        "Changed", (ManualLSTM,), {"cell_parameters": lambda self: {"scale": torch.ones(1)}}
-    )
-    with pytest.raises(ValueError, match="new names, but got 'scale'"):
-        cls.from_lstm(lstm)
-
-
-# Which loop runs
-
-
-def runs_fused(layer: ManualLSTM) -> bool:
-    with mock.patch.object(stack, "fused_direction", wraps=fused_direction) as operator:
-        layer(torch.randn(5, 2, 3))
-    return bool(operator.called)
-
-
 def doubled(self: ManualLSTM, x_t: Tensor, h: Tensor, c: Tensor, w: CellWeights) -> Step:
     step = ManualLSTM.cell(self, x_t, h, c, w)
     return step._replace(h=2 * step.h)
-
-
-def test_an_unchanged_cell_keeps_the_operator() -> None:
-    class Named(ManualLSTM):
-        def cell_parameters(self) -> dict[str, Tensor]:
-            return {"scale": torch.ones(1)}
-
-        def forward(self, *args: Any) -> Any:
-            return super().forward(*args)
-
-    wrapped = Named(3, 4)
-    wrapped.__class__ = type(
-        "FSDPNamed", (type("FSDPModule", (), {}), Named), {}
-    )  # as fully_shard does
-    parametrized = ManualLSTM(3, 4)
-    parametrize.register_parametrization(parametrized, "weight_hh_l0", nn.Tanh())
-    for layer in (ManualLSTM(3, 4), Named(3, 4), wrapped, parametrized):
-        assert runs_fused(layer), type(layer)
-
-
-@every_recipe
-def test_a_changed_cell_never_gets_it(name: str) -> None:
-    assert not runs_fused(RECIPES[name](3, 4))
-    layer = RECIPES[name](3, 4).eval()
-    x = torch.randn(5, 2, 3)
-    expected = layer(x)
-    parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
-    assert not runs_fused(layer)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
 
 def test_a_cell_set_on_the_object_or_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,7 +378,7 @@ def test_what_a_cell_is_given() -> None:
 
 
 def test_trace_keeps_the_examples_length() -> None:
-    layer = make("PeepholeLSTM", **DEEP)
+    layer = make_recipe("PeepholeLSTM", **DEEP)
     traced = torch.jit.trace(layer, randn(5, 2, 3))  # type: ignore[no-untyped-call]
     x = randn(5, 3, 3)
     torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=1e-13)

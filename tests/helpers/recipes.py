@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from manual_lstm import ManualLSTM
-from tests import equations
-from tests.equations import Equations
+from tests.helpers import equations
+from tests.helpers.equations import Equations
 
-_README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+_README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 _section = _README.split("\n## Change the cell\n")[1].split("\n## ")[0]
 # One text for each cell: blank lines part them.
 TEXTS = re.findall(r"```python\n(.*?)```", _section, re.DOTALL)[0].split("\n\n\n")

@@ -1,33 +1,41 @@
 """Which loop runs where: the operator never where it would be wrong, and always where it is right.
 
-Under torch.func's vmap and grad, see test_samples.py too.
+Under torch.func's vmap and grad, see test_vmap.py too.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, functional
-from torch.func import grad, jvp, vmap
+from torch.func import grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from manual_lstm import ManualLSTM
 from manual_lstm.engine import stack
+from manual_lstm.engine.context import may_fuse
 from manual_lstm.loop import plain_direction
 from manual_lstm.report.function import Function, Point, loss, parts
 from manual_lstm.report.row import Setting
+from tests.helpers.changed import every_recipe
+from tests.helpers.loops import counted, runs_fused
+from tests.helpers.recipes import RECIPES
 
 OPTIONS: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}]
+
+
 FUSED, SAMPLES, PLAIN, SCAN = "fused_direction", "sample_direction", "plain_direction", "scan_direction"
 
 
-class Model:
+class CalledLayer:
     """A layer, its point, and the ways in which contexts call it."""
 
     def __init__(self, options: dict[str, Any], packed: bool, eager: bool = False) -> None:
@@ -74,19 +82,19 @@ def _flat(results: Any) -> tuple[Any, Tensor, Tensor]:
     return output, h_n, c_n
 
 
-def _dual(m: Model) -> Any:
+def _dual(m: CalledLayer) -> Any:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(m.x, m.x.cos())  # type: ignore[no-untyped-call]
         return tuple(forward_ad.unpack_dual(m.output(dual)))  # type: ignore[no-untyped-call]
 
 
-def _dual_of_vmap(m: Model) -> Any:
+def _dual_of_vmap(m: CalledLayer) -> Any:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(m.xs, m.xs.cos())  # type: ignore[no-untyped-call]
         return tuple(forward_ad.unpack_dual(vmap(m.output)(dual)))  # type: ignore[no-untyped-call]
 
 
-def _after_a_failure(m: Model) -> Any:
+def _after_a_failure(m: CalledLayer) -> Any:
     with pytest.raises(ZeroDivisionError):
         vmap(lambda x: m.output(x[:0]) if False else 1 // 0)(m.xs)
     with pytest.raises(ZeroDivisionError), forward_ad.dual_level():
@@ -99,7 +107,7 @@ def _under_autocast(call: Callable[[], Any]) -> Any:
         return call()
 
 
-def _normed(m: Model) -> Any:
+def _normed(m: CalledLayer) -> Any:
     parametrizations.weight_norm(m.layer, "weight_hh_l0")
     return m.gradients(m.value(m.x))
 
@@ -108,20 +116,24 @@ class _Subclass(Tensor):
     pass
 
 
-def _subclassed_weight(m: Model) -> Any:
+def _subclassed_input(m: CalledLayer) -> Any:
+    return m.output(m.x.as_subclass(_Subclass)).as_subclass(Tensor)
+
+
+def _subclassed_weight(m: CalledLayer) -> Any:
     name = "weight_hh_l0"
     weight = m.weights[name].as_subclass(_Subclass)
     return m.of_weights(m.weights | {name: weight}, m.x).as_subclass(Tensor)
 
 
-def _saved_elsewhere(m: Model) -> Any:
+def _saved_elsewhere(m: CalledLayer) -> Any:
     with torch.autograd.graph.save_on_cpu():
         value = m.value(m.x)
     return m.gradients(value)
 
 
 class _Output(torch.nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: CalledLayer) -> None:
         super().__init__()
         self.layer = model.layer
 
@@ -130,32 +142,36 @@ class _Output(torch.nn.Module):
         return output
 
 
-def _exported(m: Model) -> Any:
+def _exported(m: CalledLayer) -> Any:
     module = _Output(m)
-    return module(m.x) if m.eager else torch.export.export(module, (m.x,)).module()(m.x)
+    if m.eager:
+        return module(m.x)
+    program = torch.export.export(module, (m.x,))
+    assert "manual_lstm" not in program.graph_module.code
+    return program.module()(m.x)
 
 
-def _jit_traced(m: Model) -> Any:
+def _jit_traced(m: CalledLayer) -> Any:
     module: Any = _Output(m)
     if not m.eager:
         module = torch.jit.trace(module, m.x, check_trace=False)  # type: ignore[no-untyped-call]
     return module(m.x)
 
 
-def _nested(m: Model) -> Any:
+def _nested(m: CalledLayer) -> Any:
     sequences = [m.x[:3, 0], m.x[:1, 1]]
     output, states = m.layer(torch.nested.nested_tensor(sequences, layout=torch.jagged))
     return output.values(), states
 
 
-def _fake(m: Model) -> Any:
+def _fake(m: CalledLayer) -> Any:
     with FakeTensorMode() as mode:
         results = m.function({name: mode.from_tensor(t) for name, t in m.point.items()})
     return [torch.zeros(part.shape) for part in results.values()]
 
 
 # The loops that run, and what is computed.
-CONTEXTS: dict[str, tuple[set[str], Callable[[Model], Any]]] = {
+CONTEXTS: dict[str, tuple[set[str], Callable[[CalledLayer], Any]]] = {
     "forward and backward": ({FUSED}, lambda m: m.gradients(m.value(m.x))),
     "no_grad": ({FUSED}, lambda m: torch.no_grad()(m.output)(m.x)),
     "inference_mode": ({FUSED}, lambda m: torch.inference_mode()(m.output)(m.x)),
@@ -206,6 +222,8 @@ CONTEXTS: dict[str, tuple[set[str], Callable[[Model], Any]]] = {
     "dual numbers": ({PLAIN}, _dual),
     "dual numbers through vmap": ({PLAIN}, _dual_of_vmap),
     "weights of a subclass": ({PLAIN}, _subclassed_weight),
+    "input of a subclass": ({PLAIN}, _subclassed_input),
+    "hessian": ({PLAIN}, lambda m: hessian(m.value)(m.x)),
     # The operator takes fake tensors only together, and the weights here are real.
     "make_fx, symbolic, of the input": (
         {PLAIN},
@@ -226,8 +244,10 @@ CONTEXTS: dict[str, tuple[set[str], Callable[[Model], Any]]] = {
         lambda m: _under_autocast(lambda: m.compiled(m.output, m.x)),
     ),
 }
+
+
 # Where the sizes of packed data are not known, or are no tensors of the same kind.
-DENSE_ONLY: dict[str, tuple[set[str], Callable[[Model], Any]]] = {
+DENSE_ONLY: dict[str, tuple[set[str], Callable[[CalledLayer], Any]]] = {
     "compile of grad": ({PLAIN}, lambda m: m.compiled(lambda x: grad(m.value)(x), m.x)),
     "compile of vmap": ({PLAIN}, lambda m: m.compiled(lambda xs: vmap(m.output)(xs), m.xs)),
     "compile of jvp": ({PLAIN}, lambda m: m.compiled(lambda x: jvp(m.output, (x,), (x,)), m.x)),
@@ -257,7 +277,7 @@ CHOICES = [
 @pytest.mark.parametrize("options", OPTIONS, ids=["one layer", "two layers"])
 @pytest.mark.parametrize(("context", "packed"), CHOICES)
 def test_the_choice(
-    context: tuple[set[str], Callable[[Model], Any]], packed: bool, options: dict[str, Any]
+    context: tuple[set[str], Callable[[CalledLayer], Any]], packed: bool, options: dict[str, Any]
 ) -> None:
     loops, compute = context
     chosen: set[str] = set()
@@ -273,14 +293,63 @@ def test_the_choice(
         return loop
 
     with mock.patch.object(stack, "loop_for", spy):
-        actual = compute(Model(options, packed))
+        actual = compute(CalledLayer(options, packed))
     assert chosen == loops
     with mock.patch.object(stack, "loop_for", return_value=plain_direction):
-        expected = compute(Model(options, packed, eager=True))
+        expected = compute(CalledLayer(options, packed, eager=True))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_one_step_has_nothing_to_fuse() -> None:
-    model = Model({}, packed=False)
+    model = CalledLayer({}, packed=False)
     with mock.patch.object(stack, "fused_direction", side_effect=AssertionError):
         model.output(model.x[:1])
+
+
+def test_ordinary_calls_take_the_operator() -> None:
+    layer = ManualLSTM(3, 4, 2, bidirectional=True)
+    x = torch.randn(5, 2, 3)
+    packed = pack_padded_sequence(x, [3, 5], enforce_sorted=False)
+    for input in (x, x[:, 0], packed, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
+            with context, counted() as calls:
+                layer(input)
+            assert len(calls) == 4
+    with counted() as calls:
+        layer(x[:1])
+    assert not calls  # one step has nothing to fuse
+
+
+def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert may_fuse([torch.zeros(1)])
+    monkeypatch.setattr("manual_lstm.engine.context._functorch_active", None)
+    assert not may_fuse([torch.zeros(1)])
+
+
+def test_an_unchanged_cell_keeps_the_operator() -> None:
+    class Named(ManualLSTM):
+        def cell_parameters(self) -> dict[str, Tensor]:
+            return {"scale": torch.ones(1)}
+
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    wrapped = Named(3, 4)
+    wrapped.__class__ = type(
+        "FSDPNamed", (type("FSDPModule", (), {}), Named), {}
+    )  # as fully_shard does
+    parametrized = ManualLSTM(3, 4)
+    parametrize.register_parametrization(parametrized, "weight_hh_l0", nn.Tanh())
+    for layer in (ManualLSTM(3, 4), Named(3, 4), wrapped, parametrized):
+        assert runs_fused(layer), type(layer)
+
+
+@every_recipe
+def test_a_changed_cell_never_gets_it(name: str) -> None:
+    assert not runs_fused(RECIPES[name](3, 4))
+    layer = RECIPES[name](3, 4).eval()
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)
+    parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
+    assert not runs_fused(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)

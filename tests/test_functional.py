@@ -1,10 +1,13 @@
 """The notebook this grew from: its function, its numbers, and its comparison."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from manual_lstm import lstm_forward
+from manual_lstm.testing.mistakes import x
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,14 @@ def test_lstm_forward_under_autocast(T: int) -> None:
             torch.testing.assert_close(output, expected, rtol=0, atol=0.05)
     output.sum().backward()  # type: ignore[no-untyped-call]
     assert layer.weight_hh_l0.grad is not None
+
+
+def test_the_notebooks_function() -> None:
+    good = [x(2, 5, 3), (x(2, 4), x(2, 4)), x(16, 3), x(16, 4), x(16), x(16)]
+    lstm_forward(*good)  # type: ignore[arg-type]
+    bad = [(0, x(2, 3)), (1, (x(2, 5), x(2, 4))), (1, (x(2, 4), x(3, 4))), (2, x(16, 5)), (3, x(15, 4))]
+    for position, tensor in [*bad, (4, x(4)), (5, x(4))]:
+        arguments: list[Any] = list(good)
+        arguments[position] = tensor
+        with pytest.raises(ValueError, match="should be"):
+            lstm_forward(*arguments)

@@ -1,7 +1,5 @@
 """unroll: every gate and state, against one sequence, one step and one gate at a time."""
 
-import sys
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 from weakref import ref
@@ -21,27 +19,9 @@ from manual_lstm.engine import stack
 from manual_lstm.engine.context import may_fuse
 from manual_lstm.testing.cases import Case, cases
 from manual_lstm.testing.comparing import data
-from tests import equations
-from tests.equations import Made, gradients, parts, run_case, split
-
-DEEP: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 3}
-FIELDS = Made._fields  # of a step; Unrolled's have the same names
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def make(**options: Any) -> ManualLSTM:
-    torch.manual_seed(0)
-    return ManualLSTM(3, 4, **{"dtype": torch.float64, **options})
-
-
-def fields(unrolled: Unrolled) -> list[Tensor]:
-    """Every tensor that there is."""
-    made = [data(part) for name in FIELDS for part in getattr(unrolled, name)]
-    return [data(unrolled.output), *unrolled.states, *made]
-
+from tests.helpers import equations
+from tests.helpers.equations import gradients, parts, run_case, split
+from tests.helpers.layers import DEEP, FIELDS, fields, make_layer, randn
 
 # The numbers
 
@@ -126,7 +106,7 @@ def test_layouts(case: Case) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("shape", [(0, 2), (2, 0), (0, 0)])
 def test_no_steps_and_no_sequences(shape: tuple[int, int], batch_first: bool) -> None:
-    layer = make(batch_first=batch_first, **DEEP)
+    layer = make_layer(batch_first=batch_first, **DEEP)
     unrolled = layer.unroll(randn(*shape, 3))
     assert [data(part).shape for part in unrolled.m] == [(*shape, 4)] * 4
     assert [data(part).shape for part in unrolled.h] == [(*shape, 3)] * 4
@@ -136,7 +116,7 @@ def test_no_steps_and_no_sequences(shape: tuple[int, int], batch_first: bool) ->
 
 
 def test_m_is_projected_to_h() -> None:
-    layer = make(**DEEP)
+    layer = make_layer(**DEEP)
     x = pack_sequence([randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)
     unrolled = layer.unroll(x)
     for k, suffix in enumerate(("l0", "l0_reverse", "l1", "l1_reverse")):
@@ -147,7 +127,7 @@ def test_m_is_projected_to_h() -> None:
 
 
 def test_errors_are_those_of_forward() -> None:
-    layer = make()
+    layer = make_layer()
     for wrong in (randn(5, 2, 7), randn(5, 2, 3).float(), randn(3), None):
         with pytest.raises((RuntimeError, ValueError, AttributeError)) as of_forward:
             layer(wrong)
@@ -157,7 +137,7 @@ def test_errors_are_those_of_forward() -> None:
 
 
 def test_nested_input_gives_nested_fields() -> None:
-    layer = make(**DEEP)
+    layer = make_layer(**DEEP)
     sequences = [randn(n, 3) for n in (2, 5, 1)]
     nested = layer.unroll(torch.nested.nested_tensor(sequences, layout=torch.jagged))
     packed = layer.unroll(pack_sequence(sequences, enforce_sorted=False))
@@ -175,7 +155,7 @@ def test_nested_input_gives_nested_fields() -> None:
 @pytest.mark.parametrize("form", ["dense", "batch_first", "unbatched"])
 @pytest.mark.parametrize("proj_size", [0, 2])
 def test_going_on_after_each_step(T: int, form: str, proj_size: int) -> None:
-    layer = make(num_layers=2, proj_size=proj_size, batch_first=form == "batch_first")
+    layer = make_layer(num_layers=2, proj_size=proj_size, batch_first=form == "batch_first")
     x = randn(T, 3) if form == "unbatched" else randn(T, 3, 3)
     dim = 1 if form == "batch_first" else 0
     x = x.transpose(0, dim)
@@ -195,7 +175,7 @@ def test_going_on_after_each_step(T: int, form: str, proj_size: int) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_as_many_sequences_as_steps(batch_first: bool) -> None:
     """Even where no state tells a step from a sequence, and under a transform."""
-    layer = make(batch_first=batch_first)
+    layer = make_layer(batch_first=batch_first)
     nn.init.zeros_(layer.weight_ih_l0)  # type: ignore[arg-type]
     nn.init.zeros_(layer.weight_hh_l0)  # type: ignore[arg-type]
     states = randn(1, 3, 4), randn(1, 3, 4)
@@ -204,18 +184,18 @@ def test_as_many_sequences_as_steps(batch_first: bool) -> None:
     torch.testing.assert_close((h, c), layer(step, states)[1], rtol=0, atol=1e-15)
 
     xs = randn(2, 3, 3, 3)
-    layer = make(batch_first=batch_first)
+    layer = make_layer(batch_first=batch_first)
     together = vmap(lambda x: layer.unroll(x).after(1))(xs)
     alone = [layer.unroll(x).after(1) for x in xs]
     torch.testing.assert_close(together[0], torch.stack([h for h, _ in alone]), rtol=0, atol=1e-15)
 
 
 def test_after_what_is_no_step() -> None:
-    unrolled = make().unroll(randn(5, 2, 3))
+    unrolled = make_layer().unroll(randn(5, 2, 3))
     for t in (5, -6):
         with pytest.raises(IndexError, match=f"a step of the 5 that there are, but got {t}"):
             unrolled.after(t)
-    packed = make().unroll(pack_sequence([randn(2, 3)]))
+    packed = make_layer().unroll(pack_sequence([randn(2, 3)]))
     with pytest.raises(TypeError, match="packed or nested"):
         packed.after(0)
 
@@ -252,7 +232,7 @@ def test_gradients_through_each_field(name: str, packed: bool) -> None:
 
 
 def test_a_penalty_on_a_gate_trains_the_layer() -> None:
-    layer = make(num_layers=2)
+    layer = make_layer(num_layers=2)
     x = randn(10, 8, 3)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
 
@@ -270,7 +250,7 @@ def test_a_penalty_on_a_gate_trains_the_layer() -> None:
 
 def test_integrated_gradients_of_one_gate_are_complete() -> None:
     """Sundararajan et al. 2017: the attributions of a gate's input add up to its change."""
-    layer = make(num_layers=2, bidirectional=True)
+    layer = make_layer(num_layers=2, bidirectional=True)
     x = 3 * randn(6, 3)
     nodes, weights = np.polynomial.legendre.leggauss(60)
     along = (torch.from_numpy(nodes) + 1) / 2  # of the straight line from zero to x
@@ -311,7 +291,7 @@ def storages(tensors: list[Tensor]) -> dict[int, int]:
 
 @pytest.mark.parametrize("proj_size", [0, 3])
 def test_without_gradients_nothing_is_held_but_what_is_returned(proj_size: int) -> None:
-    layer = make(num_layers=2, proj_size=proj_size)
+    layer = make_layer(num_layers=2, proj_size=proj_size)
     T, B = 50, 2
     x = randn(T, B, 3)
     with Watch() as watch, torch.no_grad():
@@ -328,7 +308,7 @@ def test_without_gradients_nothing_is_held_but_what_is_returned(proj_size: int) 
 
 
 def test_vmap_and_gradients_of_each_sample() -> None:
-    layer = make(**DEEP)
+    layer = make_layer(**DEEP)
     xs = randn(3, 5, 2, 3)
     together = vmap(layer.unroll)(xs)
     assert isinstance(together, Unrolled)
@@ -355,7 +335,7 @@ def test_vmap_and_gradients_of_each_sample() -> None:
 
 
 def test_jvp() -> None:
-    layer = make(**DEEP)
+    layer = make_layer(**DEEP)
     x, v, eps = randn(5, 2, 3), randn(5, 2, 3), 1e-6
     tangents = jvp(lambda x: tuple(fields(layer.unroll(x))), (x,), (v,))[1]
     above, below = fields(layer.unroll(x + eps * v)), fields(layer.unroll(x - eps * v))
@@ -366,7 +346,7 @@ def test_jvp() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_compile(packed: bool) -> None:
     torch.compiler.reset()
-    layer = make(bidirectional=True, proj_size=3)
+    layer = make_layer(bidirectional=True, proj_size=3)
     x: Any = randn(2, 2, 3)
     if packed:
         x = pack_sequence([randn(1, 3), randn(2, 3)], enforce_sorted=False)
@@ -379,31 +359,12 @@ def test_compile(packed: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_with_any_length_and_batch(strict: bool) -> None:
-    class Opened(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = make(bidirectional=True, proj_size=3)
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            return fields(self.layer.unroll(x))
-
-    opened, dim = Opened(), torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        opened, (randn(5, 3, 3),), dynamic_shapes=({0: dim, 1: dim},), strict=strict
-    )
-    for T, B in ((5, 3), (9, 2), (2, 7)):
-        x = randn(T, B, 3)
-        torch.testing.assert_close(program.module()(x), opened(x), rtol=0, atol=1e-14)
-
-
 # Dtypes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
-    layer = make(**DEEP).to(dtype)
+    layer = make_layer(**DEEP).to(dtype)
     x = randn(5, 2, 3).to(dtype)
     seen = fields(layer.unroll(x))
     expected = [part.to(dtype) for part in fields(layer.float().unroll(x.float()))]
@@ -412,7 +373,7 @@ def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast(packed: bool) -> None:
-    layer = make(dtype=torch.float32, **DEEP)
+    layer = make_layer(dtype=torch.float32, **DEEP)
     x: Any = torch.randn(5, 2, 3)
     if packed:
         x = pack_sequence([torch.randn(2, 3), torch.randn(3, 3)], enforce_sorted=False)
@@ -428,98 +389,3 @@ def test_autocast(packed: bool) -> None:
     torch.testing.assert_close(
         [part.bfloat16() for part in fields(unrolled)], fields(low), rtol=0, atol=0
     )
-
-
-# The picture
-
-
-def images(unrolled: Unrolled, **options: Any) -> dict[str, Any]:
-    """What each panel shows, by its name: units in rows."""
-    figure = unrolled.plot(**options)
-    return {
-        axis.get_ylabel(): np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images
-    }
-
-
-@pytest.fixture
-def matplotlib() -> Any:
-    return pytest.importorskip("matplotlib")
-
-
-PLOTTED = {
-    "dense": lambda: randn(9, 3, 3),
-    "batch_first": lambda: randn(3, 9, 3),
-    "as many steps as sequences": lambda: randn(3, 3, 3),
-    "unbatched": lambda: randn(9, 3),
-    "packed": lambda: pack_sequence([randn(n, 3) for n in (2, 5, 9)], enforce_sorted=False),
-    "nested": lambda: torch.nested.nested_tensor([randn(n, 3) for n in (2, 5, 9)], layout=torch.jagged),
-}
-
-
-@pytest.mark.parametrize("form", PLOTTED)
-@pytest.mark.usefixtures("matplotlib")
-def test_the_panels_show_one_sample(form: str) -> None:
-    layer = make(batch_first=form in ("batch_first", "as many steps as sequences"), **DEEP)
-    make_input: Callable[[], Any] = PLOTTED[form]
-    unrolled = layer.unroll(make_input())
-
-    def of_sample(part: Any) -> Tensor:
-        if isinstance(part, PackedSequence):
-            return unpack_sequence(part)[1]
-        if part.is_nested:
-            return part.unbind()[1]  # type: ignore[no-any-return]
-        if form == "unbatched":
-            return part  # type: ignore[no-any-return]
-        return part[1] if layer.batch_first else part[:, 1]  # type: ignore[no-any-return]
-
-    shown = images(unrolled, sample=1, direction=2)
-    names = [name.split()[-1] for name in shown]
-    assert names == ["i", "f", "g", "o", "c", "h"]
-    for name, image in zip(names, shown.values()):
-        expected = of_sample(getattr(unrolled, name)[2]).float().detach().t().numpy()
-        # the same rows, in any order
-        np.testing.assert_allclose(sorted(image.tolist()), sorted(expected.tolist()), rtol=1e-6)
-
-
-@pytest.mark.usefixtures("matplotlib")
-def test_rows_can_be_chosen_and_are_the_same_in_all_panels() -> None:
-    unrolled = make().unroll(randn(9, 2, 3))
-    shown = images(unrolled, units=[2, 0])
-    for name, image in shown.items():
-        part = data(getattr(unrolled, name.split()[-1])[0])[:, 0].float().detach()
-        np.testing.assert_allclose(image, part.t()[[2, 0]], rtol=1e-6)
-    order = [int(data(unrolled.c[0])[:, 0].abs().argmax(0)[k]) for k in range(4)]
-    by_itself = images(unrolled)["cell state c"]
-    largest = np.abs(by_itself).argmax(1)
-    assert largest.tolist() == sorted(order)
-
-
-@pytest.mark.usefixtures("matplotlib")
-def test_labels_stand_below_their_steps() -> None:
-    figure = make().unroll(randn(5, 2, 3)).plot(labels="a b\nc")
-    last = [axis for axis in figure.axes if axis.images][-1]
-    assert [tick.get_text() for tick in last.get_xticklabels()] == ["a", " ", "b", "\n", "c"]
-    with pytest.raises(ValueError, match="a label for each of the 5 steps, but got 4"):
-        make().unroll(randn(5, 2, 3)).plot(labels="abcd")
-
-
-@pytest.mark.usefixtures("matplotlib")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_it_can_be_written(dtype: torch.dtype, tmp_path: Any) -> None:
-    layer = make(num_layers=2).to(dtype)
-    file = tmp_path / "gates.png"
-    layer.unroll(randn(9, 2, 3).to(dtype)).plot(direction=1).savefig(file)
-    assert file.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("matplotlib")
-def test_no_step_to_draw() -> None:
-    with pytest.raises(ValueError, match="no step"):
-        make().unroll(randn(0, 2, 3)).plot()
-
-
-def test_without_matplotlib_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        make().unroll(randn(5, 2, 3)).plot()

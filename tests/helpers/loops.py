@@ -1,0 +1,125 @@
+"""One direction run by a chosen loop, and which loop a layer runs.
+
+The other tests know the loops by these functions, so that a change of the engine changes this file.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+
+from manual_lstm import ManualLSTM
+from manual_lstm.engine import fused, stack
+
+# One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
+Arguments = tuple[Any, ...]
+DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7)
+
+
+@contextmanager
+def patched(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for a while: for hypothesis, whose cases share one monkeypatch."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def plainly() -> Any:
+    """The plain loop, whatever the choice would be."""
+    return patched(stack, may_fuse=lambda *_: False)
+
+
+def arguments(
+    sizes: list[int],
+    packed: bool,
+    I: int = 3,
+    H: int = 4,
+    P: int = 0,
+    bias: bool = True,
+    reverse: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Arguments:
+    """Arguments of one direction, all of which require gradients."""
+    torch.manual_seed(seed)
+    B = max(sizes, default=2)
+
+    def randn(*shape: int) -> Tensor:
+        # Complex ones are small: sigmoid and tanh have poles on the imaginary axis.
+        return torch.randn(*shape, dtype=dtype).mul(0.1 if dtype.is_complex else 0.5).requires_grad_()
+
+    return (
+        randn(sum(sizes), I) if packed else randn(len(sizes), B, I),
+        torch.tensor(sizes, dtype=torch.int64) if packed else None,
+        randn(B, P or H),
+        randn(B, H),
+        randn(4 * H, I),
+        randn(4 * H, P or H),
+        randn(4 * H) if bias else None,
+        randn(P, H) if P else None,
+        reverse,
+    )
+
+
+@st.composite
+def drawn_arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Arguments:
+    packed = draw(st.booleans())
+    if packed:
+        sizes = sorted(draw(st.lists(st.integers(1, 6), min_size=1, max_size=9)), reverse=True)
+    else:
+        sizes = [draw(st.integers(0, 5))] * draw(st.integers(0, 9))
+    H = draw(st.integers(1, 20))
+    return arguments(
+        sizes,
+        packed,
+        I=draw(st.integers(1, 20)),
+        H=H,
+        P=draw(st.integers(1, H - 1)) if H > 1 and draw(st.booleans()) else 0,
+        bias=draw(st.booleans()),
+        reverse=draw(st.booleans()),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def run_direction(function: Any, given_: Arguments, wanted: list[bool]) -> dict[str, Tensor]:
+    """The results, and all gradients of those of the three results that are wanted."""
+    outputs = function(*given_)
+    names = ("output", "h_n", "c_n")
+    found = {name: part.detach() for name, part in zip(names, outputs)}
+    loss = sum((part * torch.linspace(0.5, 1.5, part.numel()).reshape(part.shape)).sum().abs()
+               for part, want in zip(outputs, wanted) if want)  # fmt: skip
+    inputs = [given_[k] for k in DIFFERENTIABLE if given_[k] is not None]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    for k, (tensor, gradient) in enumerate(zip(inputs, gradients)):
+        found[f"gradient {k}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return found
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How often the stack ran the fused direction."""
+    calls: list[int] = []
+    original = fused.fused_direction
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with patched(stack, fused_direction=spy):
+        yield calls
+
+
+def runs_fused(layer: ManualLSTM) -> bool:
+    """Whether a call of ordinary input runs the fused direction."""
+    with counted() as calls:
+        layer(torch.randn(5, 2, 3))
+    return bool(calls)
