@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manual_lstm import ManualLSTM
 from manual_lstm.report import compilers
 from manual_lstm.report.row import Missing, Row, Setting
+from tests.helpers.rows import run_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -36,14 +37,8 @@ def _params() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "options", "packed"), _params())
-def test_row(row: Row, options: dict[str, Any], packed: bool) -> None:
-    missing = row.missing()
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed")
-    try:
-        row.check(Setting(ManualLSTM, options, packed))
-    except Missing as error:
-        pytest.skip(str(error))
+def test_a_row_on_compilers(row: Row, options: dict[str, Any], packed: bool) -> None:
+    run_row(row, Setting(ManualLSTM, options, packed))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -6,7 +6,6 @@ Under torch.func's vmap and grad, see test_vmap.py too.
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,13 +19,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from manual_lstm import ManualLSTM
-from manual_lstm.engine import stack
 from manual_lstm.engine.context import may_fuse
-from manual_lstm.loop import plain_direction
 from manual_lstm.report.function import Function, Point, loss, parts
 from manual_lstm.report.row import Setting
 from tests.helpers.changed import every_recipe
-from tests.helpers.loops import counted, runs_fused
+from tests.helpers.loops import always_plainly, counted, loops_chosen, runs_fused
 from tests.helpers.recipes import RECIPES
 
 OPTIONS: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}]
@@ -280,30 +277,19 @@ def test_the_choice(
     context: tuple[set[str], Callable[[CalledLayer], Any]], packed: bool, options: dict[str, Any]
 ) -> None:
     loops, compute = context
-    chosen: set[str] = set()
-    original = stack.loop_for
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def note(name: str) -> None:
-        chosen.add(name)  # at once, also where a compiler only looks
-
-    def spy(*arguments: Any) -> Any:
-        loop = original(*arguments)
-        note(loop.__name__)
-        return loop
-
-    with mock.patch.object(stack, "loop_for", spy):
+    with loops_chosen() as chosen:
         actual = compute(CalledLayer(options, packed))
     assert chosen == loops
-    with mock.patch.object(stack, "loop_for", return_value=plain_direction):
+    with always_plainly():
         expected = compute(CalledLayer(options, packed, eager=True))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_one_step_has_nothing_to_fuse() -> None:
     model = CalledLayer({}, packed=False)
-    with mock.patch.object(stack, "fused_direction", side_effect=AssertionError):
+    with counted() as calls:
         model.output(model.x[:1])
+    assert not calls
 
 
 def test_ordinary_calls_take_the_operator() -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manual_lstm import ManualLSTM
 from manual_lstm.report import distributed
 from manual_lstm.report.row import Missing, Row, Setting
+from tests.helpers.rows import run_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -27,11 +28,8 @@ def _params() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "options", "packed"), _params())
-def test_row(row: Row, options: dict[str, Any], packed: bool) -> None:
-    try:
-        row.check(Setting(ManualLSTM, options, packed))
-    except Missing as error:
-        pytest.skip(str(error))
+def test_a_row_on_two_processes(row: Row, options: dict[str, Any], packed: bool) -> None:
+    run_row(row, Setting(ManualLSTM, options, packed))
 
 
 def _operators(setting: Setting, rank: int, folder: Path) -> dict[str, int]:

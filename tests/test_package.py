@@ -124,9 +124,11 @@ def test_a_layer_that_an_older_version_saved() -> None:
     x = torch.randn(5, 2, 3)
     expected = layer(x)
     torch.testing.assert_close(layer.to_lstm()(x), expected, rtol=0, atol=1e-5)
-    assert type(restore_lstm(layer)) is nn.LSTM
+    restored: Any = restore_lstm(layer)
+    assert type(restored) is nn.LSTM
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
-    assert type(replace_lstm(layer)) is ManualLSTM
+    replaced: Any = replace_lstm(layer)
+    assert type(replaced) is ManualLSTM
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
 
 

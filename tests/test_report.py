@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
-from manual_lstm.engine import stack
 from manual_lstm.report import derivatives, nested, table, tools, training, transforms, weights
 from manual_lstm.report.row import Missing, Row, Setting
+from tests.helpers.loops import plainly
+from tests.helpers.rows import run_row
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -53,9 +54,7 @@ def trials() -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("row", "options", "packed"), list(trials()))
 def test_a_row(row: Row, options: dict[str, Any], packed: bool) -> None:
-    if row.missing():
-        pytest.skip(f"needs {', '.join(row.missing())}")
-    row.run(Setting(ManualLSTM, options, packed=packed))
+    run_row(row, Setting(ManualLSTM, options, packed=packed))
 
 
 # Layers that are wrong in one way each.
@@ -182,9 +181,8 @@ def test_a_row_sees_what_is_wrong(row: Row, make: type[ManualLSTM]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_profile_of_the_plain_loop_shows_no_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "may_fuse", lambda *_: False)
-    with pytest.raises(AssertionError, match="no LSTM"):
+def test_the_profile_of_the_plain_loop_shows_no_lstm() -> None:
+    with plainly(), pytest.raises(AssertionError, match="no LSTM"):
         tools.profiler(Setting(ManualLSTM))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from manual_lstm import ManualLSTM
-from manual_lstm.engine import stack
-from manual_lstm.engine import vmap as sample_loop
 from tests.helpers.layers import randn
+from tests.helpers.loops import loops_chosen, without_folding
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -127,10 +125,10 @@ CONTEXTS: dict[str, tuple[bool, Callable[[LayerOfSamples], Any]]] = {
 def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
     fast, compute = CONTEXTS[context]
     model = LayerOfSamples(options)
-    with mock.patch.object(stack, "sample_direction", wraps=sample_loop.sample_direction) as operator:
+    with loops_chosen() as chosen:
         actual = compute(model)
-    assert operator.called == fast
-    with mock.patch.object(stack, "may_fold", return_value=False):
+    assert chosen == {"sample_direction" if fast else "plain_direction"}
+    with without_folding():
         expected = compute(model)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manual_lstm import ManualLSTM
 from manual_lstm.engine import fused, stack
+from manual_lstm.loop import plain_direction
 
 # One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
 Arguments = tuple[Any, ...]
@@ -33,8 +34,37 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def plainly() -> Any:
-    """The plain loop, whatever the choice would be."""
+    """The plain loop where else the fused one would run."""
     return patched(stack, may_fuse=lambda *_: False)
+
+
+def always_plainly() -> Any:
+    """The plain loop, whatever the choice would be."""
+    return patched(stack, loop_for=lambda *_: plain_direction)
+
+
+def without_folding() -> Any:
+    """The plain loop where else vmap's samples would run as rows."""
+    return patched(stack, may_fold=lambda *_, **__: False)
+
+
+@contextmanager
+def loops_chosen() -> Iterator[set[str]]:
+    """The names of the loops that are chosen, also where a compiler only looks."""
+    chosen: set[str] = set()
+    original = stack.loop_for
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note(name: str) -> None:
+        chosen.add(name)
+
+    def spy(*arguments: Any) -> Any:
+        loop = original(*arguments)
+        note(loop.__name__)
+        return loop
+
+    with patched(stack, loop_for=spy):
+        yield chosen
 
 
 def arguments(
