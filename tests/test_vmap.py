@@ -127,7 +127,7 @@ def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
     model = LayerOfSamples(options)
     with loops_chosen() as chosen:
         actual = compute(model)
-    assert chosen == {"sample_direction" if fast else "plain_direction"}
+    assert ("sample_direction" in chosen) == fast
     with without_folding():
         expected = compute(model)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
