@@ -1,5 +1,6 @@
 """The report's rows on compilers, for many options, and what a layer has to do beyond them."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from manual_lstm import ManualLSTM
 from manual_lstm.report import compilers
 from manual_lstm.report.row import Missing, Row, Setting
-from tests.helpers.rows import run_row
+from tests.helpers.grids import quick_sample
+from tests.helpers.rows import row_grid, run_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -24,27 +26,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = ("defaults", "all")  # what a slow row is tried on
-
-
-def _params() -> list[Any]:
-    return [
-        pytest.param(row, OPTIONS[name], packed, id=f"{row.label}-{name}{'-packed' * packed}")
-        for row in compilers.ROWS
-        for name in (SLOW if row.slow else OPTIONS)
-        for packed in ((False, True) if row.packed else (False,))
-    ]
-
-
-@pytest.mark.parametrize(("row", "options", "packed"), _params())
+@pytest.mark.parametrize(
+    ("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS, few=("defaults", "all"))
+)
 def test_a_row_on_compilers(row: Row, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [*OPTIONS.values(), {"num_layers": 2, "dropout": 0.5}])
-def test_compiled_without_a_compiler(options: dict[str, Any], packed: bool) -> None:
-    compilers.compiled(Setting(ManualLSTM, options, packed), "aot_eager")
+WITH_DROPOUT = {**OPTIONS, "dropout": {"num_layers": 2, "dropout": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    quick_sample(product(WITH_DROPOUT, [False, True]), [("all", True), ("dropout", False)]),
+)
+def test_compiled_without_a_compiler(name: str, packed: bool) -> None:
+    compilers.compiled(Setting(ManualLSTM, WITH_DROPOUT[name], packed), "aot_eager")
 
 
 class _Last(nn.Module):

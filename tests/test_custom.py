@@ -1,6 +1,7 @@
 """Layers with another cell: the README's, against the equations of their papers, in every context."""
 
 import copy
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from manual_lstm.testing.comparing import data
 from tests.helpers import equations
 from tests.helpers.changed import every_recipe, make_recipe, stir
 from tests.helpers.equations import Made, gradients, parts, run_case, split
+from tests.helpers.grids import quick_sample
 from tests.helpers.layers import DEEP, randn
 from tests.helpers.loops import runs_fused
 from tests.helpers.recipes import EQUATIONS, RECIPES, TEXTS
@@ -81,9 +83,13 @@ def test_the_equations_of_the_paper(name: str, case: Case) -> None:
             torch.testing.assert_close(split(seen, case), by_hand, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@every_recipe
-def test_derivatives_against_finite_differences(name: str, training: bool) -> None:
+# Training changes nothing in a cell that draws nothing.
+DERIVATIVES = [(name, False) for name in RECIPES] + [(name, True) for name in RANDOM]
+
+
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "training"), DERIVATIVES)
+def test_derivatives_against_finite_differences(name: str, training: bool, fast: bool) -> None:
     layer = RECIPES[name](2, 3, bidirectional=True, proj_size=2, dtype=torch.float64).train(training)
     stir(layer)
     names, parameters = zip(*layer.named_parameters())
@@ -95,8 +101,9 @@ def test_derivatives_against_finite_differences(name: str, training: bool) -> No
 
     inputs = [randn(2, 2, 2), randn(2, 2, 2), randn(2, 2, 3), *(p.detach().clone() for p in parameters)]
     inputs = [each.requires_grad_() for each in inputs]
-    assert gradcheck(results, inputs, check_forward_ad=True, check_batched_grad=not training)
-    assert gradgradcheck(results, inputs)
+    batched = not training
+    assert gradcheck(results, inputs, check_forward_ad=True, check_batched_grad=batched, fast_mode=fast)
+    assert gradgradcheck(results, inputs, fast_mode=fast)
 
 
 @every_recipe
@@ -299,8 +306,16 @@ def test_jvp(name: str) -> None:
 # Compilers
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@every_recipe
+# One that owns parameters and one that draws, dense and packed.
+COMPILED = [
+    ("PeepholeLSTM", False),
+    ("LayerNormLSTM", True),
+    ("VariationalLSTM", False),
+    ("ZoneoutLSTM", True),
+]
+
+
+@pytest.mark.parametrize(("name", "packed"), quick_sample(product(RECIPES, [False, True]), COMPILED))
 def test_compile(name: str, packed: bool) -> None:
     torch.compiler.reset()
     layer = make_recipe(name, bidirectional=True, proj_size=3)

@@ -3,7 +3,7 @@
 Under torch.func's vmap and grad, see test_vmap.py too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +26,10 @@ from tests.helpers.changed import every_recipe
 from tests.helpers.loops import always_plainly, counted, loops_chosen, runs_fused
 from tests.helpers.recipes import RECIPES
 
-OPTIONS: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one layer": {},
+    "two layers": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+}
 
 
 FUSED, SAMPLES, PLAIN, SCAN = "fused_direction", "sample_direction", "plain_direction", "scan_direction"
@@ -263,16 +266,20 @@ DENSE_ONLY: dict[str, tuple[set[str], Callable[[CalledLayer], Any]]] = {
 }
 
 
-CHOICES = [
-    *(pytest.param(CONTEXTS[name], False, id=name) for name in CONTEXTS),
-    *(pytest.param(CONTEXTS[name], True, id=f"{name}, packed") for name in CONTEXTS),
-    *(pytest.param(DENSE_ONLY[name], False, id=name) for name in DENSE_ONLY),
-]
+def _choices() -> Iterator[Any]:
+    """Contexts with each form of input and options; compilers see one layer in the slow run alone."""
+    trials = [(name, CONTEXTS[name], packed) for packed in (False, True) for name in CONTEXTS]
+    trials += [(name, DENSE_ONLY[name], False) for name in DENSE_ONLY]
+    for name, context, packed in trials:
+        for label, options in OPTIONS.items():
+            late = label == "one layer" and name.startswith(("compile", "export"))
+            marks = [pytest.mark.slow] if late else []
+            test_id = f"{name}{', packed' * packed}-{label}"
+            yield pytest.param(context, packed, options, id=test_id, marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", OPTIONS, ids=["one layer", "two layers"])
-@pytest.mark.parametrize(("context", "packed"), CHOICES)
+@pytest.mark.parametrize(("context", "packed", "options"), _choices())
 def test_the_choice(
     context: tuple[set[str], Callable[[CalledLayer], Any]], packed: bool, options: dict[str, Any]
 ) -> None:

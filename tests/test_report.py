@@ -14,7 +14,7 @@ from manual_lstm.__main__ import main
 from manual_lstm.report import derivatives, nested, table, tools, training, transforms, weights
 from manual_lstm.report.row import Missing, Row, Setting
 from tests.helpers.loops import plainly
-from tests.helpers.rows import run_row
+from tests.helpers.rows import row_grid, run_row
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -41,18 +41,10 @@ def _random_numbers_as_before() -> Iterator[None]:
         yield
 
 
-def trials() -> Iterator[Any]:
-    for row in ROWS:
-        for name, options in SETTINGS.items():
-            if row.slow and name not in ("defaults", "everything"):
-                continue
-            for packed in (False, True) if row.packed else (False,):
-                label = f"{row.label}-{name}{'-packed' if packed else ''}"
-                yield pytest.param(row, options, packed, id=label)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("row", "options", "packed"), list(trials()))
+@pytest.mark.parametrize(
+    ("row", "options", "packed"), row_grid(ROWS, SETTINGS, few=("defaults", "everything"))
+)
 def test_a_row(row: Row, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed=packed))
 
