@@ -266,6 +266,7 @@ def test_opacus_counts_as_installed_only_where_it_is() -> None:
     assert PEERS["opacus"].installed() == (importlib.util.find_spec("opacus") is not None)
 
 
+@pytest.mark.optional
 @pytest.mark.skipif(not PEERS["opacus"].installed(), reason="needs opacus")
 def test_the_table_of_per_sample_gradients(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "figures.json"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,8 +33,12 @@ def test_nn_lstm_itself(check: Check) -> None:
     assert outcome.status == (AS_OFFICIAL if check.name == "no steps" else OK), outcome
 
 
-def compare_200(factory: Factory, large: bool = False) -> None:
-    @SEARCH
+# As many cases as a property has in the quick run.
+AS_IN_THE_QUICK_RUN = settings(SEARCH, max_examples=settings.get_profile("quick").max_examples)
+
+
+def compare_on_drawn_cases(factory: Factory, large: bool = False) -> None:
+    @AS_IN_THE_QUICK_RUN
     @given(case=cases(large=large))
     def test(case: Case) -> None:
         reference, layer = case.pair(factory)
@@ -44,13 +48,13 @@ def compare_200(factory: Factory, large: bool = False) -> None:
 
 
 def test_the_plain_loop_without_a_mistake() -> None:
-    compare_200(PlainLSTM)
+    compare_on_drawn_cases(PlainLSTM)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found_within_200_examples(mistake: str) -> None:
+def test_a_mistake_is_found_in_the_quick_run(mistake: str) -> None:
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
-        compare_200(planted(*MISTAKES[mistake]), large="33rd step" in mistake)
+        compare_on_drawn_cases(planted(*MISTAKES[mistake]), large="33rd step" in mistake)
 
 
 # Every row of the table fails for some class.

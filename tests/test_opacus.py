@@ -16,7 +16,10 @@ from opacus import PrivacyEngine
 from opacus.grad_sample import GradSampleModule
 from opacus.layers import DPLSTM
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Opacus' own
+pytestmark = [
+    pytest.mark.optional,
+    pytest.mark.filterwarnings("ignore"),  # Opacus' own
+]
 B, I, H = 4, 3, 5
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 OPTIONS: list[dict[str, Any]] = [
