@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import run, twins
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import data, errors, oracle
+from tests.helpers.grids import quick_sample
 from tests.helpers.layers import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -38,17 +40,27 @@ def test_no_drawn_case_is_far_less_exact_than_nn_lstm(case: Case) -> None:
         assert error <= 2 * theirs[name] + 16 * torch.finfo(case.dtype).eps, (name, error, theirs[name])
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("form", ["dense", "packed"])
+# T, B, I and H, and how many cases of them are averaged.
+AVERAGED = [((7, 3, 4, 5), 20), ((34, 1, 1, 14), 20), ((60, 40, 70, 70), 3), ((800, 8, 8, 16), 2)]
+FORMS = ["dense", "packed"]
+# Three layers in both directions take long: the quick run has them for the smallest sizes.
+QUICK = [
+    *product(NARROW, FORMS, AVERAGED, [False]),
+    *product(NARROW, FORMS, AVERAGED[:1], [True]),
+    (torch.float32, "dense", AVERAGED[2], True),
+    (torch.bfloat16, "packed", AVERAGED[3], True),
+]
+
+
 @pytest.mark.parametrize(
-    ("sizes", "runs"),
-    [((7, 3, 4, 5), 20), ((34, 1, 1, 14), 20), ((60, 40, 70, 70), 3), ((800, 8, 8, 16), 2)],
+    ("dtype", "form", "sizes_and_runs", "deep"),
+    quick_sample(product(NARROW, FORMS, AVERAGED, [False, True]), QUICK),
+    ids=str,
 )
-@pytest.mark.parametrize("deep", [False, True])
 def test_as_exact_as_nn_lstm_on_average(
-    dtype: torch.dtype, form: str, sizes: tuple[int, ...], runs: int, deep: bool
+    dtype: torch.dtype, form: str, sizes_and_runs: tuple[tuple[int, ...], int], deep: bool
 ) -> None:
-    T, B, I, H = sizes
+    (T, B, I, H), runs = sizes_and_runs
     ours, theirs = dict[str, float](), dict[str, float]()
     for seed in range(runs):
         options: dict[str, Any] = {

@@ -1,14 +1,18 @@
 """Exported layers of any length and batch, where the loop is the operator scan."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.changed import every_recipe, make_recipe
+from tests.helpers.changed import make_recipe
+from tests.helpers.grids import quick_sample
 from tests.helpers.layers import fields, make_layer, randn
+from tests.helpers.recipes import RECIPES
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_unrolled_with_any_length_and_batch(strict: bool) -> None:
     class Opened(nn.Module):
         def __init__(self) -> None:
@@ -27,8 +31,12 @@ def test_unrolled_with_any_length_and_batch(strict: bool) -> None:
         torch.testing.assert_close(program.module()(x), opened(x), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@every_recipe
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    quick_sample(
+        product(RECIPES, [False, True]), [("LayerNormLSTM", False), ("VariationalLSTM", True)]
+    ),
+)
 def test_a_changed_cell_with_any_length_and_batch(name: str, strict: bool) -> None:
     layer = make_recipe(name, bidirectional=True)
     dim = torch.export.Dim.DYNAMIC
