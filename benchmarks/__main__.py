@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, memory, per_sample, precision, scaling, speed, targets
-from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick
+from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [memory.PEAK]:
-        memory.measure_here(argv[1], {**memory.WHO, **per_sample.WHO})
+        memory.measure_here(argv[1], {**memory.CONTENDERS, **per_sample.CONTENDERS})
         return 0
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["speed", *argv]
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
     groups = {name: GROUPS[name] for name in arguments.groups or GROUPS}
     if arguments.quick:
-        groups = quick(groups)
+        groups = quick_groups(groups)
     if arguments.shapes:
         groups = {"given": Group("the shapes given", arguments.shapes)}
     for name in arguments.peers:
@@ -70,15 +70,17 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
         _effort(arguments, 4.0, 3) if arguments.quick else _effort(arguments, 10.0, 5),
         not (arguments.quick or arguments.no_memory),
     )
-    rows: list[speed.Row] = []
+    rows: list[speed.Measurement] = []
     try:
-        speed.run(plan, settings, rows)
+        speed.print_speed_table(plan, settings, rows)
     finally:
         results += [row.as_json() for row in rows]
     if arguments.targets:
         ratios = {(row.mode, row.case): row.ratios() for row in rows}
-        means = {mode: speed.means(row for row in rows if row.mode == mode) for mode in plan.modes}
-        targets.show(list(targets.verdicts(ratios, means)))
+        means = {
+            mode: speed.geometric_means(row for row in rows if row.mode == mode) for mode in plan.modes
+        }
+        targets.print_verdicts(list(targets.verdicts(ratios, means)))
     return 1 if any(speed.OURS in row.wrong for row in rows) else 0
 
 
@@ -86,7 +88,7 @@ def _memory(arguments: argparse.Namespace, settings: Settings, results: list[dic
     rows = memory.ROWS
     if arguments.shapes:
         rows = [(case, mode, None) for case in arguments.shapes for mode in arguments.mode]
-    results.extend(memory.show(rows, settings))
+    results.extend(memory.print_memory_table(rows, settings))
     return 0
 
 
@@ -98,7 +100,9 @@ def _scaling(
     (base,) = arguments.base
     effort = _effort(arguments, 1.0, 2)
     with_memory = not arguments.no_memory
-    results.extend(scaling.show(base, axes, arguments.mode, effort, with_memory, settings))
+    results.extend(
+        scaling.print_scaling_table(base, axes, arguments.mode, effort, with_memory, settings)
+    )
     return 0
 
 
@@ -107,7 +111,7 @@ def _precision(
 ) -> int:
     dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
     cases = arguments.shapes or precision.CASES
-    results.extend(precision.show(cases, dtypes, _effort(arguments, 3.0, 5), settings))
+    results.extend(precision.print_precision_table(cases, dtypes, _effort(arguments, 3.0, 5), settings))
     return 0
 
 
@@ -118,7 +122,7 @@ def _per_sample(
         print("Opacus, which this compares with, is not installed: pip install opacus", file=sys.stderr)
         return 1
     cases = arguments.shapes or per_sample.CASES
-    results.extend(per_sample.show(cases, _effort(arguments, 20.0, 5), settings))
+    results.extend(per_sample.print_per_sample_table(cases, _effort(arguments, 20.0, 5), settings))
     return 0
 
 

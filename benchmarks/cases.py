@@ -88,7 +88,7 @@ QUICK = {
 }
 
 
-def quick(groups: dict[str, Group]) -> dict[str, Group]:
+def quick_groups(groups: dict[str, Group]) -> dict[str, Group]:
     """The groups with the quick cases only, without those that have none."""
     fewer = {
         name: Group(group.title, tuple(case for case in group.cases if case in QUICK))

@@ -21,7 +21,7 @@ from benchmarks.workload import TRAINING, Workload
 from manual_lstm import ManualLSTM
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TILES = 512e6  # bytes of weights that the notebook's function may copy
+MOST_TILE_BYTES = 512e6  # bytes of weights that the notebook's function may copy
 
 
 @dataclass
@@ -93,19 +93,19 @@ class Peer:
             return False
 
 
-def of_module(layer: nn.Module, w: Workload) -> Contender:
+def contender_of_layer(layer: nn.Module, w: Workload) -> Contender:
     """A contender of a layer that is called like nn.LSTM."""
     if w.case.packed:
         return Contender(lambda x: layer(x)[0].data, w.x, list(layer.parameters()))
     return Contender(lambda x: layer(x)[0], w.x, list(layer.parameters()))
 
 
-def official(w: Workload) -> Contender:
-    return of_module(w.lstm, w)
+def official_contender(w: Workload) -> Contender:
+    return contender_of_layer(w.lstm, w)
 
 
-def ours(w: Workload) -> Contender:
-    return of_module(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
+def our_contender(w: Workload) -> Contender:
+    return contender_of_layer(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
 
 
 def _opacus(w: Workload) -> Contender | None:
@@ -115,7 +115,7 @@ def _opacus(w: Workload) -> Contender | None:
     case = w.case
     layer = cls(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
     layer.load_state_dict(w.lstm.state_dict())
-    return of_module(layer.to(w.settings.device, w.settings.dtype), w)
+    return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
 
 
 def _quantizable(w: Workload) -> Contender | None:
@@ -129,7 +129,7 @@ def _quantizable(w: Workload) -> Contender | None:
     _copy(w.lstm, targets)
     layer = layer.to(w.settings.device, w.settings.dtype)
     if w.settings.dtype == torch.float32:
-        return of_module(layer, w)
+        return contender_of_layer(layer, w)
     zeros = torch.zeros(1, w.case.B, w.case.H, device=w.settings.device, dtype=w.settings.dtype)
     states = zeros, zeros  # its own are float32
     return Contender(lambda x: layer(x, states)[0], w.x, list(layer.parameters()))
@@ -155,7 +155,7 @@ def _cell(w: Workload) -> Contender | None:
 def _notebook(w: Workload) -> Contender | None:
     case = w.case
     tiles = case.B * 4 * case.H * (case.I + case.H) * w.settings.dtype.itemsize
-    if case.packed or case.layers > 1 or tiles > TILES:
+    if case.packed or case.layers > 1 or tiles > MOST_TILE_BYTES:
         return None
     assert isinstance(w.x, Tensor)
     weights = [nn.Parameter(p.detach().clone()) for p in w.lstm.parameters()]
@@ -189,11 +189,11 @@ def notebook_forward(
 
 
 def _official_without_onednn(w: Workload) -> Contender | None:
-    return _without_onednn(official(w), w)
+    return _without_onednn(official_contender(w), w)
 
 
 def _ours_without_onednn(w: Workload) -> Contender | None:
-    return _without_onednn(ours(w), w)
+    return _without_onednn(our_contender(w), w)
 
 
 def _without_onednn(contender: Contender, w: Workload) -> Contender | None:
@@ -218,7 +218,7 @@ def _onednn_off() -> Iterator[None]:
 
 
 def _plain_loop(w: Workload) -> Contender | None:
-    contender = ours(w)
+    contender = our_contender(w)
     contender.around = lambda: mock.patch("manual_lstm.engine.stack.may_fuse", return_value=False)
     return contender
 
@@ -251,7 +251,7 @@ PEERS = {
         ("plain", "loop"), "ManualLSTM's plain loop, without the fused operator", _plain_loop
     ),
 }
-OWN = {"ours-no-onednn", "plain-loop"}  # ManualLSTM itself, in another way
+OWN_VARIANTS = {"ours-no-onednn", "plain-loop"}  # ManualLSTM itself, in another way
 
 
 class WrongError(Exception):
@@ -267,7 +267,7 @@ class Answer:
     seconds: float
 
 
-def answer(contender: Contender, mode: str) -> Answer:
+def run_once(contender: Contender, mode: str) -> Answer:
     """Run a contender once."""
     now = clock(contender.x.data.device)
     with contender.during(mode):
@@ -282,7 +282,7 @@ def answer(contender: Contender, mode: str) -> Answer:
     return Answer(contender.as_official(output.detach()), norm, seconds)
 
 
-def check(got: Answer, expected: Answer) -> None:
+def check_answer(got: Answer, expected: Answer) -> None:
     """Raise WrongError where the answer is not nn.LSTM's."""
     if got.output.shape != expected.output.shape:
         raise WrongError(

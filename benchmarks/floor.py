@@ -28,7 +28,7 @@ class _Way:
     once: Call | None = None
 
 
-def floor(w: Workload, mode: str) -> tuple[Call, list[str]]:
+def floor_loop(w: Workload, mode: str) -> tuple[Call, list[str]]:
     """Return the loop, and the ways that were chosen for its products."""
     calls: list[Call] = []
     chosen: list[str] = []

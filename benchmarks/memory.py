@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender, official, ours
-from benchmarks.table import Column, Table, megabytes, times
+from benchmarks.contenders import Contender, official_contender, our_contender
+from benchmarks.table import Column, Table, format_megabytes, format_ratio
 from benchmarks.workload import DTYPES, INFERENCE, TRAINING, Settings, Workload
 
-WHO = {"nn.LSTM": official, "ManualLSTM": ours}
+CONTENDERS = {"nn.LSTM": official_contender, "ManualLSTM": our_contender}
 LEAST = 1e6  # bytes of which a ratio means something
 PEAK = "_peak"  # the command that runs in the fresh process
 
@@ -34,7 +34,7 @@ ROWS: list[tuple[Case, str, float | None]] = [
 ]
 
 
-def peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
+def measure_peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
     """The peak in bytes, measured in a fresh process; ``None`` where it cannot be known."""
     spec = {
         "case": asdict(case),
@@ -55,20 +55,24 @@ def peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
     return value
 
 
-def peaks(case: Case, mode: str, settings: Settings) -> dict[str, float | None]:
+def measure_peaks(case: Case, mode: str, settings: Settings) -> dict[str, float | None]:
     """The peak of nn.LSTM and of ManualLSTM."""
-    return {who: peak(case, mode, who, settings) for who in WHO}
+    return {who: measure_peak(case, mode, who, settings) for who in CONTENDERS}
 
 
-def quotient(found: dict[str, float | None]) -> float | None:
+def memory_ratio(found: dict[str, float | None]) -> float | None:
     """ManualLSTM's peak as a multiple of nn.LSTM's; none where that is lost among memory pages."""
     theirs, our = found["nn.LSTM"], found["ManualLSTM"]
     return our / theirs if theirs is not None and our is not None and theirs >= LEAST else None
 
 
-def cells(found: dict[str, float | None]) -> list[str]:
+def memory_cells(found: dict[str, float | None]) -> list[str]:
     """Three cells: nn.LSTM's peak, ours, the quotient."""
-    return [megabytes(found["nn.LSTM"]), megabytes(found["ManualLSTM"]), times(quotient(found))]
+    return [
+        format_megabytes(found["nn.LSTM"]),
+        format_megabytes(found["ManualLSTM"]),
+        format_ratio(memory_ratio(found)),
+    ]
 
 
 def measure_here(text: str, known: Mapping[str, Callable[[Workload], Contender]]) -> None:
@@ -135,7 +139,9 @@ def _status(field: str) -> int | None:
     return None
 
 
-def show(rows: list[tuple[Case, str, float | None]], settings: Settings) -> Iterator[dict[str, object]]:
+def print_memory_table(
+    rows: list[tuple[Case, str, float | None]], settings: Settings
+) -> Iterator[dict[str, object]]:
     """Print the table of the memory command; yields what was measured, row by row."""
     print("Peak memory above the model and its input, in MB (10^6 bytes), each in a fresh process.")
     print("ratio: ManualLSTM's as a multiple of nn.LSTM's; input and output are there to compare.\n")
@@ -152,12 +158,12 @@ def show(rows: list[tuple[Case, str, float | None]], settings: Settings) -> Iter
         ]
     )
     for case, mode, target in rows:
-        found = peaks(case, mode, settings)
-        steps, ratio = case.T * case.B * settings.dtype.itemsize, quotient(found)
+        found = measure_peaks(case, mode, settings)
+        steps, ratio = case.T * case.B * settings.dtype.itemsize, memory_ratio(found)
         verdict = ""
         if target is not None and ratio is not None:
             verdict = f"{target:.1f} {'met' if ratio <= target else 'MISSED'}"
         features = case.H * (2 if case.bidirectional else 1)
-        sizes = [megabytes(steps * case.I), megabytes(steps * features)]
-        table.row([str(case), mode, *sizes, *cells(found), verdict])
+        sizes = [format_megabytes(steps * case.I), format_megabytes(steps * features)]
+        table.row([str(case), mode, *sizes, *memory_cells(found), verdict])
         yield {"case": str(case), "mode": mode, "bytes": found, "ratio": ratio, "target": target}

@@ -11,9 +11,9 @@ from torch.func import functional_call, grad, vmap
 
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender
-from benchmarks.memory import peak
-from benchmarks.table import Column, Table, megabytes, times
-from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.memory import measure_peak
+from benchmarks.table import Column, Table, format_megabytes, format_ratio
+from benchmarks.timing import Effort, Runner, interleave, median_ratio
 from benchmarks.workload import TRAINING, Settings, Workload
 from manual_lstm import ManualLSTM
 
@@ -86,14 +86,16 @@ def _dplstm(w: Workload) -> Any:
     return layer
 
 
-WHO: dict[str, Callable[[Workload], Contender]] = {
+CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     PEER: _by_opacus(_dplstm),
     FUNC: _by_func,
     OPACUS: _by_opacus(lambda w: ManualLSTM.from_lstm(w.lstm)),
 }
 
 
-def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterator[dict[str, object]]:
+def print_per_sample_table(
+    cases: tuple[Case, ...], effort: Effort, settings: Settings
+) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
     print("Gradients of output.sum() by every parameter for every sample; gap: the largest difference.")
     print("ratio: as a multiple of DPLSTM's, in Opacus' GradSampleModule, in the same run.\n")
@@ -110,7 +112,7 @@ def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterato
         ]
     )
     for case in cases:
-        contenders = {who: make(Workload(case, settings)) for who, make in WHO.items()}
+        contenders = {who: make(Workload(case, settings)) for who, make in CONTENDERS.items()}
         expected = contenders[PEER].training()
         seconds = interleave(
             {who: Runner(c.step(TRAINING)) for who, c in contenders.items()},
@@ -118,22 +120,22 @@ def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterato
             settings.threads,
             settings.device,
         )
-        peaks = {who: peak(case, TRAINING, who, settings) for who in WHO}
+        peaks = {who: measure_peak(case, TRAINING, who, settings) for who in CONTENDERS}
         for who, contender in contenders.items():
-            time, memory = ratio(seconds, who, PEER), _quotient(peaks[who], peaks[PEER])
+            time, memory = median_ratio(seconds, who, PEER), _quotient(peaks[who], peaks[PEER])
             gap = float((contender.training() - expected).abs().max() / expected.abs().max())
             milliseconds = f"{1000 * sorted(seconds[who])[len(seconds[who]) // 2]:.1f}"
             met = time <= TARGET and (memory is None or memory <= TARGET)
             verdict = "" if who == PEER else "met" if met else "MISSED"
-            megabyte = megabytes(peaks[who])
+            megabyte = format_megabytes(peaks[who])
             table.row(
                 [
                     case.shape,
                     who,
                     milliseconds,
-                    times(time),
+                    format_ratio(time),
                     megabyte,
-                    times(memory),
+                    format_ratio(memory),
                     f"{gap:.0e}",
                     verdict,
                 ]

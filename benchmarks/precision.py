@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender, official, ours
-from benchmarks.table import Column, Table, times
-from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.contenders import Contender, official_contender, our_contender
+from benchmarks.table import Column, Table, format_ratio
+from benchmarks.timing import Effort, Runner, interleave, median_ratio
 from benchmarks.workload import MODES, Settings, Workload
 
 CASES = (
@@ -20,7 +20,7 @@ CASES = (
 )
 
 
-def show(
+def print_precision_table(
     cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...], effort: Effort, settings: Settings
 ) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
@@ -46,9 +46,9 @@ def show(
             errors: list[str] = []
             for part in (0, 1):
                 theirs, our = found["nn.LSTM"][part], found["ManualLSTM"][part]
-                errors += [f"{theirs:.1e}", f"{our:.1e}", times(our / theirs) if theirs else "-"]
+                errors += [f"{theirs:.1e}", f"{our:.1e}", format_ratio(our / theirs) if theirs else "-"]
             name = str(dtype).removeprefix("torch.")
-            table.row([case.shape, name, *errors, *map(times, found["time"])])
+            table.row([case.shape, name, *errors, *map(format_ratio, found["time"])])
             yield {"case": str(case), "dtype": name, **found}
 
 
@@ -60,14 +60,14 @@ def _measure(case: Case, settings: Settings, effort: Effort) -> dict[str, list[f
             p.copy_(narrow)
     assert isinstance(w.x, Tensor)
     exact.x = w.x.double()
-    oracle = _answers(official(exact))
-    contenders = {"nn.LSTM": official(w), "ManualLSTM": ours(w)}
+    oracle = _answers(official_contender(exact))
+    contenders = {"nn.LSTM": official_contender(w), "ManualLSTM": our_contender(w)}
     found = {who: _errors(_answers(contender), oracle) for who, contender in contenders.items()}
     found["time"] = []
     for mode in MODES:
         runners = {who: _runner(contender, mode) for who, contender in contenders.items()}
         seconds = interleave(runners, effort, settings.threads, settings.device)
-        found["time"].append(ratio(seconds, "ManualLSTM", "nn.LSTM"))
+        found["time"].append(median_ratio(seconds, "ManualLSTM", "nn.LSTM"))
     return found
 
 

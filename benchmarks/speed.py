@@ -12,14 +12,14 @@ from benchmarks.contenders import (
     Answer,
     Contender,
     WrongError,
-    answer,
-    check,
-    official,
-    ours,
+    check_answer,
+    official_contender,
+    our_contender,
+    run_once,
 )
-from benchmarks.floor import floor
-from benchmarks.table import Column, Table, figure, times
-from benchmarks.timing import Effort, Runner, interleave, ratio, spread
+from benchmarks.floor import floor_loop
+from benchmarks.table import Column, Table, format_number, format_ratio
+from benchmarks.timing import Effort, Runner, interleave, median_ratio, ratio_spread
 from benchmarks.workload import Settings, Workload
 
 NN, OURS, FLOOR = "nn.LSTM", "ManualLSTM", "floor"
@@ -42,7 +42,7 @@ class Plan:
 
 
 @dataclass
-class Row:
+class Measurement:
     """What was measured for a case in a mode.
 
     Attributes:
@@ -63,7 +63,7 @@ class Row:
     def ratio(self, name: str, base: str = NN) -> float | None:
         if name not in self.seconds or base not in self.seconds:
             return None
-        return ratio(self.seconds, name, base)
+        return median_ratio(self.seconds, name, base)
 
     def ratios(self) -> dict[str, float]:
         found = {name: self.ratio(name) for name in self.seconds if name != NN}
@@ -75,7 +75,7 @@ class Row:
             "mode": self.mode,
             "case": str(self.case),
             "ratios": self.ratios(),
-            "spreads": {n: spread(self.seconds, n, NN) for n in self.seconds if n != NN},
+            "spreads": {n: ratio_spread(self.seconds, n, NN) for n in self.seconds if n != NN},
             "ours_to_floor": self.ratio(OURS, FLOOR),
             "floor": self.floor,
             "bytes": self.bytes,
@@ -84,21 +84,21 @@ class Row:
         }
 
 
-def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Row:
+def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Measurement:
     """Check everybody, then time all who are right in turns."""
-    row = Row(group, mode, case)
+    row = Measurement(group, mode, case)
     w = Workload(case, settings)
-    base = official(w)
-    answer(base, mode)  # the first call makes what later ones find
-    expected = answer(base, mode)
+    base = official_contender(w)
+    run_once(base, mode)  # the first call makes what later ones find
+    expected = run_once(base, mode)
     runners = {NN: _runner(base, mode)}
     for name in (OURS, *plan.peers):
         try:
-            contender = ours(w) if name == OURS else PEERS[name].build(w)
+            contender = our_contender(w) if name == OURS else PEERS[name].build(w)
             if contender is None:
                 continue
-            got = answer(contender, mode)
-            check(got, expected)
+            got = run_once(contender, mode)
+            check_answer(got, expected)
         except WrongError as error:
             row.wrong[name] = str(error)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -108,11 +108,11 @@ def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -
                 row.seconds[name] = [got.seconds]
             else:
                 runners[name] = _runner(contender, mode)
-    bare, row.floor = floor(w, mode)
+    bare, row.floor = floor_loop(w, mode)
     runners[FLOOR] = Runner(bare)
     row.seconds |= interleave(runners, plan.effort, settings.threads, settings.device)
     if plan.memory:
-        row.bytes = memory.peaks(case, mode, settings)
+        row.bytes = memory.measure_peaks(case, mode, settings)
     return row
 
 
@@ -124,7 +124,7 @@ def _runner(contender: Contender, mode: str) -> Runner:
     return Runner(contender.step(mode), lambda: contender.during(mode))
 
 
-def run(plan: Plan, settings: Settings, rows: list[Row]) -> None:
+def print_speed_table(plan: Plan, settings: Settings, rows: list[Measurement]) -> None:
     """Print the table; every row is appended to ``rows`` as it is done."""
     _legend(plan)
     for mode in plan.modes:
@@ -168,22 +168,22 @@ def _columns(plan: Plan) -> list[Column]:
     return columns
 
 
-def _cells(row: Row, plan: Plan) -> list[str]:
+def _cells(row: Measurement, plan: Plan) -> list[str]:
     middle = statistics.median(row.seconds[NN]) * 1e3
-    found = [row.case.shape, figure(middle)]
+    found = [row.case.shape, format_number(middle)]
     if OURS in row.seconds:
-        found += [times(row.ratio(OURS)), f"{spread(row.seconds, OURS, NN):.2f}"]
+        found += [format_ratio(row.ratio(OURS)), f"{ratio_spread(row.seconds, OURS, NN):.2f}"]
     else:
         found += ["wrong", "-"]
-    found.append(times(row.ratio(OURS, FLOOR)))
-    found += ["wrong" if name in row.wrong else times(row.ratio(name)) for name in plan.peers]
-    return found + (memory.cells(row.bytes) if plan.memory else [])
+    found.append(format_ratio(row.ratio(OURS, FLOOR)))
+    found += ["wrong" if name in row.wrong else format_ratio(row.ratio(name)) for name in plan.peers]
+    return found + (memory.memory_cells(row.bytes) if plan.memory else [])
 
 
-def means(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+def geometric_means(rows: Iterable[Measurement]) -> dict[str, dict[str, float]]:
     """Geometric means of the ratios, by group and name, for everybody who did all of a group."""
-    groups: dict[str, list[Row]] = {}
-    everything: list[Row] = []
+    groups: dict[str, list[Measurement]] = {}
+    everything: list[Measurement] = []
     for row in rows:
         groups.setdefault(row.group, []).append(row)
         everything.append(row)
@@ -206,11 +206,11 @@ def _geometric(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _show_means(table: Table, plan: Plan, rows: list[Row]) -> None:
-    found = means(rows)
+def _show_means(table: Table, plan: Plan, rows: list[Measurement]) -> None:
+    found = geometric_means(rows)
     if found:
         print("  geometric means, of whoever did all of a group")
     for group, mean in found.items():
         names = [OURS, "", "/floor", *plan.peers]
-        cells = [times(mean.get(name)) if name else "" for name in names]
+        cells = [format_ratio(mean.get(name)) if name else "" for name in names]
         table.row([group, "", *cells])

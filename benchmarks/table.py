@@ -28,7 +28,7 @@ class Table:
         print(line.rstrip(), flush=True)
 
 
-def figure(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three digits, or a dash for what there is not."""
     if value is None:
         return "-"
@@ -39,14 +39,14 @@ def figure(value: float | None) -> str:
     return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
 
 
-def times(value: float | None) -> str:
+def format_ratio(value: float | None) -> str:
     """A ratio: two decimals, one from 10 on."""
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def megabytes(size: float | None) -> str:
+def format_megabytes(size: float | None) -> str:
     """Bytes in MB, 10**6: whole ones from 10 on."""
     if size is None:
         return "-"

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.cases import GROUPS, Case
-from benchmarks.contenders import OWN
+from benchmarks.contenders import OWN_VARIANTS
 from benchmarks.workload import INFERENCE, MODES, TRAINING
 
 # For each group and mode the most for every case.
-EACH = {
+MOST_PER_CASE = {
     "one-step": {INFERENCE: 0.9, TRAINING: 1.0},
     "overhead": {INFERENCE: 3.0, TRAINING: 2.5},
     "arithmetic": {INFERENCE: 2.0, TRAINING: 1.4},
@@ -16,7 +16,7 @@ EACH = {
     "packed": {INFERENCE: 0.8, TRAINING: 0.8},
 }
 # For each group and mode the most for the geometric mean.
-MEAN = {"arithmetic": {INFERENCE: 1.3, TRAINING: 1.0}}
+MOST_MEAN = {"arithmetic": {INFERENCE: 1.3, TRAINING: 1.0}}
 
 Ratios = dict[tuple[str, Case], dict[str, float]]  # by mode and case, then by name
 
@@ -45,26 +45,26 @@ def verdicts(ratios: Ratios, means: dict[str, dict[str, dict[str, float]]]) -> I
     for mode in MODES:
         for name, group in GROUPS.items():
             mean = means.get(mode, {}).get(name, {}).get("ManualLSTM")
-            if name in MEAN and mean is not None:
-                yield Verdict(mode, f"{name}, geometric mean", MEAN[name][mode], mean)
+            if name in MOST_MEAN and mean is not None:
+                yield Verdict(mode, f"{name}, geometric mean", MOST_MEAN[name][mode], mean)
             for case in group.cases:
                 measured = ratios.get((mode, case))
                 if measured is None:
                     continue
                 our = measured["ManualLSTM"]
-                if name in EACH:
-                    yield Verdict(mode, f"{name} {case.shape}", EACH[name][mode], our)
+                if name in MOST_PER_CASE:
+                    yield Verdict(mode, f"{name} {case.shape}", MOST_PER_CASE[name][mode], our)
                 single = ratios.get((mode, Case(case.T, case.B, case.I, case.H)))
                 if case.layers > 1 and single:
                     yield Verdict(mode, f"{case}: as one layer", single["ManualLSTM"], our)
     for (mode, case), measured in ratios.items():
-        others = {k: v for k, v in measured.items() if k not in {*OWN, "ManualLSTM", "floor"}}
+        others = {k: v for k, v in measured.items() if k not in {*OWN_VARIANTS, "ManualLSTM", "floor"}}
         if others:
             best = min(others, key=lambda name: others[name])
             yield Verdict(mode, f"{case}: as {best}", others[best], measured["ManualLSTM"])
 
 
-def show(found: list[Verdict]) -> None:
+def print_verdicts(found: list[Verdict]) -> None:
     """Print each target, what was measured, and whether it is met."""
     print("\nTargets: the most that ManualLSTM may take, as a multiple of nn.LSTM's time")
     print(f"{'mode':<11}{'target':<62}{'most':>6}{'measured':>10}")

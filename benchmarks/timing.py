@@ -69,12 +69,12 @@ def interleave(
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     """The median over the rounds of the ratio within a round."""
     return statistics.median(_ratios(times, name, base))
 
 
-def spread(times: dict[str, list[float]], name: str, base: str) -> float:
+def ratio_spread(times: dict[str, list[float]], name: str, base: str) -> float:
     """The interquartile range of the ratio."""
     ratios = _ratios(times, name, base)
     if len(ratios) < 2:

@@ -11,7 +11,7 @@ from torch import nn
 
 from manual_lstm import ManualLSTM, lstm_forward
 from manual_lstm.testing import mistakes
-from manual_lstm.testing.mistakes import UNSORTED, x
+from manual_lstm.testing.mistakes import UNSORTED, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -66,7 +66,7 @@ def test_constructor(mistake: tuple[tuple[Any, ...], dict[str, Any]], shown: str
     args, kwargs = mistake
     with pytest.raises(Exception, match=f"(?s){shown}") as actual:
         ManualLSTM(*args, **kwargs)
-    if mistakes.unsettled(args, kwargs):
+    if mistakes.unchecked_by_older_torch(args, kwargs):
         assert actual.type in (TypeError, ValueError)  # nn.LSTM did not look yet
         return
     with pytest.raises(Exception) as expected:  # noqa: PT011
@@ -95,7 +95,7 @@ def test_dropout_with_one_layer_warns_at_the_callers_line() -> None:
 # These need a package that nobody needs to test a layer.
 ARRAYS: dict[str, Callable[[nn.Module], Any]] = {
     "an array": lambda m: m(np.zeros((5, 2, 3))),
-    "hx of arrays": lambda m: m(x(5, 2, 3), (np.zeros((1, 2, 4)),) * 2),
+    "hx of arrays": lambda m: m(zeros(5, 2, 3), (np.zeros((1, 2, 4)),) * 2),
 }
 CALLS = {**mistakes.CALLS, **ARRAYS}
 # What the message shows for each of the calls.
@@ -172,23 +172,36 @@ def test_forward(mistake: str) -> None:
         call(layer)
     assert actual.type is expected.type
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
-    layer(x(5, 2, 3))  # still works
+    layer(zeros(5, 2, 3))  # still works
 
 
 def test_on_purpose_stricter_than_nn_lstm() -> None:
     wide = torch.float64
     layer = ManualLSTM(3, 4, dtype=wide)
     with pytest.raises(RuntimeError, match=r"c_0 of torch.float32"):  # nn.LSTM: only for some dtypes
-        layer(x(5, 2, 3, dtype=wide), (x(1, 2, 4, dtype=wide), x(1, 2, 4)))
+        layer(zeros(5, 2, 3, dtype=wide), (zeros(1, 2, 4, dtype=wide), zeros(1, 2, 4)))
     with pytest.raises(RuntimeError, match=r"got \[1, 3, 4\]"):  # nn.LSTM takes the first two rows
-        ManualLSTM(3, 4)(UNSORTED, (x(1, 3, 4), x(1, 3, 4)))
+        ManualLSTM(3, 4)(UNSORTED, (zeros(1, 3, 4), zeros(1, 3, 4)))
 
 
 def test_the_notebooks_function() -> None:
-    good = [x(2, 5, 3), (x(2, 4), x(2, 4)), x(16, 3), x(16, 4), x(16), x(16)]
+    good = [
+        zeros(2, 5, 3),
+        (zeros(2, 4), zeros(2, 4)),
+        zeros(16, 3),
+        zeros(16, 4),
+        zeros(16),
+        zeros(16),
+    ]
     lstm_forward(*good)  # type: ignore[arg-type]
-    bad = [(0, x(2, 3)), (1, (x(2, 5), x(2, 4))), (1, (x(2, 4), x(3, 4))), (2, x(16, 5)), (3, x(15, 4))]
-    for position, tensor in [*bad, (4, x(4)), (5, x(4))]:
+    bad = [
+        (0, zeros(2, 3)),
+        (1, (zeros(2, 5), zeros(2, 4))),
+        (1, (zeros(2, 4), zeros(3, 4))),
+        (2, zeros(16, 5)),
+        (3, zeros(15, 4)),
+    ]
+    for position, tensor in [*bad, (4, zeros(4)), (5, zeros(4))]:
         arguments: list[Any] = list(good)
         arguments[position] = tensor
         with pytest.raises(ValueError, match="should be"):

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
-from manual_lstm.check.parity import run, twins
+from manual_lstm.check.parity import forward_and_backward, twins
 from manual_lstm.engine import fused, gemm, stack, steps
 from manual_lstm.engine.context import may_fuse
 from manual_lstm.loop import plain_direction
 from manual_lstm.testing import Case, assert_same_layer, cases
-from manual_lstm.testing.comparing import assert_close, results
+from manual_lstm.testing.comparing import assert_close, run_case
 
 # One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
 Arguments = tuple[Any, ...]
@@ -354,7 +354,7 @@ def test_the_numbers_do_not_depend_on_the_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(run(layer, x, None))
+            found.append(forward_and_backward(layer, x, None))
     finally:
         torch.set_num_threads(before)
     assert_close(found[0], found[1], 1e-5)
@@ -600,7 +600,7 @@ def test_operators_that_do_not_exist_are_not_found() -> None:
 @given(case=cases(large=False, without={"dropout"}))
 def test_the_layer_with_and_without_the_operator(case: Case) -> None:
     layer = case.layer(ManualLSTM)
-    actual = results(layer, case)
+    actual = run_case(layer, case)
     with plainly():
-        expected = results(layer, case)
+        expected = run_case(layer, case)
     assert_close(actual, expected, 1e-12)

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 import manual_lstm.testing
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, assert_same_layer, cases, check_lstm, lstm_checks
 from manual_lstm.testing.__main__ import PEERS, check_peer, load_quantizable, main
 from manual_lstm.testing.cases import FEATURES, FORMS, LAYOUTS, OPTIONS, Factory
-from manual_lstm.testing.comparing import data
 from manual_lstm.testing.conformance import AS_OFFICIAL, DIFFERS, FAILS, LACKS, OK, Check
 from manual_lstm.testing.probes import PROBES
 from tests.planted import MISTAKES, PlainLSTM, planted
@@ -111,7 +111,7 @@ class _Writes(_Wrapped):
     def around(self, call: Callable[..., Any], input: Any, hx: Any) -> Any:
         output, states = call(input, hx)
         with torch.no_grad():
-            data(input)[-1:].add_(1)
+            data_of(input)[-1:].add_(1)
         return output, states
 
 
@@ -429,7 +429,7 @@ def test_everything_is_drawn(wanted: str) -> None:
 def test_layouts_are_what_they_say(layout: str, form: str) -> None:
     options = {"input_size": 3, "hidden_size": 4, **OPTIONS}
     case = Case(options, form, [5] if form == "unbatched" else [5, 5, 5], layout, with_hx=True)
-    for tensor in (data(case.input()), *(case.hx() or ())):
+    for tensor in (data_of(case.input()), *(case.hx() or ())):
         one = tensor.size(0) == 1 and layout != "sliced"  # which lies in order however it does
         assert tensor.is_contiguous() == (layout == "contiguous" or one)
 
@@ -467,7 +467,7 @@ def shifted(case: Case, change: Callable[[Any, Any, Any], None]) -> tuple[nn.LST
 
 def add_to(position: int, *place: int) -> Callable[[Any, Any, Any], None]:
     def change(*results: Any) -> None:
-        data(results[position])[place].add_(0.25)
+        data_of(results[position])[place].add_(0.25)
 
     return change
 

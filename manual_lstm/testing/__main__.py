@@ -48,7 +48,7 @@ def check_peer(label: str, max_examples: int = 30) -> Conformance | None:
     return check_lstm(factory, label=label, max_examples=max_examples, **declared)
 
 
-def table(found: list[Conformance]) -> str:
+def side_by_side(found: list[Conformance]) -> str:
     """The outcomes side by side."""
     lines = [f"{'':<24}" + "".join(f"{report.label:<13}" for report in found)]
     for row in zip(*(report.outcomes for report in found)):
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             check_lstm(ManualLSTM, max_examples=arguments.examples),
         ]
         peers = [check_peer(label, arguments.examples) for label in PEERS]
-        print(table(ours + [peer for peer in peers if peer is not None]))
+        print(side_by_side(ours + [peer for peer in peers if peer is not None]))
         for label, peer in zip(PEERS, peers):
             if peer is None:
                 print(f"{label} is not installed: {PEERS[label][0]}", file=sys.stderr)

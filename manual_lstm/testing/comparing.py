@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from manual_lstm.check.parity import run
+from manual_lstm.check.parity import forward_and_backward
 from manual_lstm.testing.cases import Case, Input, State
 
 # Outputs, states and gradients by name, as manual_lstm.check.parity.run gives them.
@@ -18,7 +18,7 @@ Results = dict[str, Tensor]
 _EXACT = {torch.float64: 1e-12, torch.complex128: 1e-9}  # the complex tanh has poles
 
 
-def data(x: Tensor | PackedSequence) -> Tensor:
+def data_of(x: Tensor | PackedSequence) -> Tensor:
     """The tensor itself, or the data of a packed one."""
     return x.data if isinstance(x, PackedSequence) else x
 
@@ -30,7 +30,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def results(layer: nn.Module, case: Case) -> Results:
+def run_case(layer: nn.Module, case: Case) -> Results:
     """Outputs, states and gradients of the case, on CPU; the same dropout for every layer."""
     return {name: tensor.cpu() for name, tensor in _run(layer, case, case.input(), case.hx()).items()}
 
@@ -46,13 +46,13 @@ def oracle(layer: nn.Module, case: Case) -> Results:
 def _run(layer: nn.Module, case: Case, input: Input, hx: State | None) -> Results:
     torch.manual_seed(case.seed + 3)  # for dropout, whose numbers are the same in every dtype on CPU
     with _quiet():
-        return run(layer, input, hx)
+        return forward_and_backward(layer, input, hx)
 
 
-def errors(layer: nn.Module, case: Case, exact: Results) -> dict[str, float]:
+def relative_errors(layer: nn.Module, case: Case, exact: Results) -> dict[str, float]:
     """How far each result lies from the oracle's, relative to its norm if that is above one."""
     far = {}
-    for name, tensor in results(layer, case).items():
+    for name, tensor in run_case(layer, case).items():
         gap = (tensor.to(exact[name].dtype) - exact[name]).norm() / exact[name].norm().clamp_min(1.0)
         far[name] = float(gap) if tensor.numel() else 0.0
     return far
@@ -107,7 +107,7 @@ def assert_same_layer(a: nn.Module, b: nn.Module, case: Case, *, parameters: boo
         AssertionError: output differs first at step 1, sequence 0, feature 0: ...
     """
     _assert_same_form(a, b, case)
-    ours, theirs = results(a, case), results(b, case)
+    ours, theirs = run_case(a, case), run_case(b, case)
     exact = theirs if case.dtype in _EXACT else oracle(b, case)
     if parameters:
         assert ours.keys() == theirs.keys(), (
@@ -147,7 +147,7 @@ def _assert_same_form(a: nn.Module, b: nn.Module, case: Case) -> None:
             f"{name} should be a {type(theirs).__name__}, but is a {type(ours).__name__}\n  {case}"
         )
         for what in ("shape", "dtype", "device"):
-            got, wanted = getattr(data(ours), what), getattr(data(theirs), what)
+            got, wanted = getattr(data_of(ours), what), getattr(data_of(theirs), what)
             assert got == wanted, f"the {what} of {name} should be {wanted}, but is {got}\n  {case}"
     if isinstance(output, PackedSequence):
         for what in ("batch_sizes", "sorted_indices", "unsorted_indices"):

@@ -62,19 +62,19 @@ class Check:
         """Run the check; random numbers drawn elsewhere are not touched."""
         if self.lacks:
             return Outcome(self.name, LACKS, "declared")
-        error = _try(self.name, self.subject)
+        error = _run_probe(self.name, self.subject)
         if error is None:
             stale = "" if self.accepted is None else "declared to differ, and does not"
             return Outcome(self.name, OK, stale)
         if self.accepted is not None:
             return Outcome(self.name, DIFFERS, self.accepted, error)
         # An answer is a promise: a wrong one is no better for nn.LSTM's having none.
-        if self.name in BEYOND and type(error) is type(_try(self.name, Subject(nn.LSTM))):
+        if self.name in BEYOND and type(error) is type(_run_probe(self.name, Subject(nn.LSTM))):
             return Outcome(self.name, AS_OFFICIAL, _first_line(error), error)
         return Outcome(self.name, FAILS, _first_line(error), error)
 
 
-def _try(name: str, subject: Subject) -> Exception | None:
+def _run_probe(name: str, subject: Subject) -> Exception | None:
     """Run a probe and return what it raised."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices), warnings.catch_warnings():
@@ -158,12 +158,12 @@ def lstm_checks(
     lacks = {*lacks, *chain.from_iterable(IMPLIED.get(name, ()) for name in lacks)}
     subject = Subject(factory, load, frozenset(lacks), max_examples)
     return [
-        Check(name, subject.but(*_apart(name, accepts)), name in lacks, accepts.get(name))
+        Check(name, subject.but(*_separable(name, accepts)), name in lacks, accepts.get(name))
         for name in PROBES
     ]
 
 
-def _apart(row: str, names: Collection[str]) -> list[str]:
+def _separable(row: str, names: Collection[str]) -> list[str]:
     """Which of these options and forms the row can do without: not what it is about."""
     return [
         name
@@ -224,6 +224,6 @@ def check_lstm(
     for check in checks:
         # What has failed by itself fails no other row.
         failed = [each.name for each in outcomes if each.status == FAILS]
-        subject = check.subject.but(*_apart(check.name, failed))
+        subject = check.subject.but(*_separable(check.name, failed))
         outcomes.append(replace(check, subject=subject).run())
     return Conformance(name, outcomes)
