@@ -152,14 +152,14 @@ def _swap(
     try:
         for module, state in swaps:
             changed.append((module, type(module), vars(module)))
-            _set_class_and_state(module, cls, state)
+            _become(module, cls, state)
     except BaseException:
         for module, old_cls, old_state in changed:
-            _set_class_and_state(module, old_cls, old_state)
+            _become(module, old_cls, old_state)
         raise
 
 
-def _set_class_and_state(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+def _become(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
     # Not by plain assignment: Module.__setattr__ would search parameters and buffers for these names.
     object.__setattr__(module, "__class__", cls)
     object.__setattr__(module, "__dict__", state)

@@ -1,4 +1,4 @@
-"""Mistakes that callers make, for which nn.LSTM has an exception."""
+"""Mistakes that callers make, for each of which nn.LSTM raises an exception."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-# nn.LSTM has come to check more of its arguments; what its older ones do about some is no example.
+# Newer versions of nn.LSTM check more of their arguments. ManualLSTM follows the newer ones.
 OLDER_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
-# Arguments of the constructor.
+# Wrong arguments of the constructor, by position and by name.
 ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((3, 4), {"bias": "yes"}),
     ((3, 4), {"bias": 1}),
@@ -55,7 +55,7 @@ ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 
 
 def unchecked_by_older_torch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the nn.LSTM of this torch does not look at this mistake yet."""
+    """Return whether this torch is too old for its nn.LSTM to check for this mistake."""
     return OLDER_TORCH and bool({*kwargs, args[0]} & {"bias", "batch_first", 0, -1})
 
 
@@ -71,8 +71,8 @@ PACKED = pack_padded_sequence(zeros(5, 2, 3), [5, 3])
 UNSORTED = pack_padded_sequence(zeros(5, 2, 3), [3, 5], enforce_sorted=False)
 STATE = zeros(1, 2, 4)
 
-# Calls of a layer made with (3, 4). Names begin with the form of the input, where it is not dense,
-# and contain "hx", "h_0" or "c_0" where the state is the mistake.
+# Wrong calls of a layer made with (3, 4). A name begins with the form of the input if it is not dense,
+# and contains "hx", "h_0" or "c_0" if the mistake is in the states.
 CALLS: dict[str, Callable[[nn.Module], Any]] = {
     "a list": lambda m: m([[1.0, 2.0, 3.0]]),
     "None": lambda m: m(None),
