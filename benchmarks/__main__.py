@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [memory.PEAK]:
-        memory.measure_here(argv[1], {**memory.CONTENDERS, **per_sample.CONTENDERS})
+        memory.measure_in_this_process(argv[1], {**memory.CONTENDERS, **per_sample.CONTENDERS})
         return 0
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["speed", *argv]
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(settings.threads)
-    # cuDNN rounds to TF32 by default where matmul does not; so nobody does.
+    # By default cuDNN rounds to TF32 and matmul does not. For a fair comparison nothing does.
     torch.backends.cudnn.allow_tf32 = False
-    with_dtype = arguments.run is not _precision  # whose rows say it
+    with_dtype = arguments.run is not _precision  # its rows show the dtype
     print(f"{machine.header(settings, with_dtype)}\n", flush=True)
     results: list[dict[str, object]] = []
     run: Callable[..., int] = arguments.run
@@ -78,7 +78,8 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
     if arguments.targets:
         ratios = {(row.mode, row.case): row.ratios() for row in rows}
         means = {
-            mode: speed.geometric_means(row for row in rows if row.mode == mode) for mode in plan.modes
+            mode: speed.geometric_means([row for row in rows if row.mode == mode])
+            for mode in plan.modes
         }
         targets.print_verdicts(list(targets.verdicts(ratios, means)))
     return 1 if any(speed.OURS in row.wrong for row in rows) else 0
@@ -95,8 +96,8 @@ def _memory(arguments: argparse.Namespace, settings: Settings, results: list[dic
 def _scaling(
     arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
 ) -> int:
-    given = {axis: getattr(arguments, axis) for axis in scaling.AXES}
-    axes = {axis: values for axis, values in given.items() if values is not None} or scaling.AXES
+    chosen = {axis: getattr(arguments, axis) for axis in scaling.AXES}
+    axes = {axis: values for axis, values in chosen.items() if values is not None} or scaling.AXES
     (base,) = arguments.base
     effort = _effort(arguments, 1.0, 2)
     with_memory = not arguments.no_memory
@@ -127,7 +128,7 @@ def _per_sample(
 
 
 def _effort(arguments: argparse.Namespace, seconds: float, rounds: int) -> Effort:
-    """What was asked for, or these."""
+    """Return the effort of the command line, with defaults for what it leaves open."""
     return Effort(
         seconds if arguments.seconds is None else arguments.seconds, arguments.rounds or rounds
     )
@@ -204,7 +205,7 @@ def _command(
     run: Callable[[argparse.Namespace, Settings, list[dict[str, object]]], int],
     about: str,
 ) -> argparse.ArgumentParser:
-    """Add a command with the options that all have."""
+    """Add a command with the options that all commands have."""
     command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     command.add_argument("--threads", type=_number, default=torch.get_num_threads(), metavar="N")
@@ -260,12 +261,15 @@ def _modes(text: str) -> tuple[str, ...]:
     return (text,)
 
 
-def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+def _names(valid: Collection[str], also: tuple[str, ...] = ()) -> Callable[[str], tuple[str, ...]]:
+    """Make a parser of names with commas between them. An error message names ``also`` too."""
+
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(text.split(",")))
         for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(known)}")
+            if name not in valid:
+                valid_names = ", ".join([*also, *valid])
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {valid_names}")
         return names
 
     return parse
@@ -274,11 +278,7 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 def _peers(text: str) -> tuple[str, ...]:
     if text in ("none", "all"):
         return tuple(PEERS) if text == "all" else ()
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of: none, all, {', '.join(PEERS)}")
-    return names
+    return _names(PEERS, also=("none", "all"))(text)
 
 
 def _number(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Per-sample gradients: ManualLSTM's by torch.func and under Opacus, beside Opacus' own DPLSTM."""
+"""Per-sample gradients: ManualLSTM with torch.func and under Opacus, beside Opacus' own DPLSTM."""
 
 import importlib
 import warnings
@@ -19,16 +19,16 @@ from manual_lstm import ManualLSTM
 
 PEER, FUNC, OPACUS = "DPLSTM", "vmap(grad)", "ManualLSTM under Opacus"
 CASES = (Case(50, 64, 64, 128), Case(100, 16, 256, 256))
-TARGET = 1.0  # the most of DPLSTM's time and memory
+TARGET = 1.0  # the most time and memory, as a multiple of DPLSTM's
 
 
 class PerSample(Contender):
-    """One that computes the gradient of every sample, ``[B, ...]`` for each parameter."""
+    """A contender that computes the gradients of every sample, ``[B, ...]`` for each parameter."""
 
     gradients: Callable[[], list[Tensor]]
 
     def training(self) -> Tensor:
-        """All of them in one, to be compared."""
+        """Return all gradients as one tensor, to compare them."""
         return torch.cat([gradient.flatten() for gradient in self.gradients()])
 
     def step(self, mode: str) -> Callable[[], Any]:
@@ -45,9 +45,9 @@ def _by_func(w: Workload) -> PerSample:
         output: Tensor = functional_call(layer, parameters, (sample.unsqueeze(1),))[0]
         return output.sum()
 
-    of_every_sample = vmap(grad(loss), in_dims=(None, 1))
+    sample_gradients = vmap(grad(loss), in_dims=(None, 1))
     contender = PerSample(lambda x: x, x, list(parameters.values()))
-    contender.gradients = lambda: list(of_every_sample(parameters, x).values())
+    contender.gradients = lambda: list(sample_gradients(parameters, x).values())
     return contender
 
 
@@ -59,7 +59,7 @@ def _by_opacus(make: Callable[[Workload], Any]) -> Callable[[Workload], PerSampl
             grad_sample = importlib.import_module("opacus.grad_sample")
             layer = make(w).to(w.settings.device, w.settings.dtype)
             model = grad_sample.GradSampleModule(layer, batch_first=False, loss_reduction="sum")
-        # DPLSTM's parameters lie in modules of its own; its state dict has nn.LSTM's names.
+        # DPLSTM keeps its parameters in inner modules. Its state dict names them as nn.LSTM does.
         weights = layer.state_dict(keep_vars=True)
         parameters = [weights[name] for name, _ in w.lstm.named_parameters()]
 
@@ -67,7 +67,7 @@ def _by_opacus(make: Callable[[Workload], Any]) -> Callable[[Workload], PerSampl
             for parameter in parameters:
                 parameter.grad = parameter.grad_sample = None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the input, which needs no gradient
+                warnings.simplefilter("ignore")  # torch warns that the input needs no gradient
                 model(w.x)[0].sum().backward()
             return [parameter.grad_sample for parameter in parameters]
 

@@ -9,7 +9,7 @@ from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.contenders import check_answer, official_contender, our_contender, run_once
 from benchmarks.table import Column, Table, format_megabytes, format_number, format_ratio
-from benchmarks.timing import Effort, Runner, interleave, median_ratio
+from benchmarks.timing import Effort, interleave, median_ratio
 from benchmarks.workload import Settings, Workload
 
 BASE = Case(100, 16, 128, 128)
@@ -23,7 +23,7 @@ NAMES = {"T": "steps, T", "H": "hidden size, H", "B": "batch, B", "layers": "lay
 
 
 def case_at(base: Case, axis: str, value: int) -> Case:
-    """The base case with one number changed; over T with a small batch, that memory suffices."""
+    """Return the base case with one number changed. Over T the batch is small, to save memory."""
     if axis == "T":
         return replace(base, T=value, B=min(base.B, 4))
     changes: dict[str, Any] = {axis: value}
@@ -48,9 +48,10 @@ def print_scaling_table(
             print(f"\n{NAMES[axis]}: {mode}; {others}")
             table = Table(_columns(axis, with_memory))
             for value in values:
-                found = _measure(case_at(base, axis, value), mode, effort, with_memory, settings)
-                table.row([str(value), *_cells(found, value if axis == "T" else fixed.T)])
-                yield {"axis": axis, "value": value, "mode": mode, **found}
+                case = case_at(base, axis, value)
+                measured = _measure(case, mode, effort, with_memory, settings)
+                table.row([str(value), *_cells(measured, case.T)])
+                yield {"axis": axis, "value": value, "mode": mode, **measured}
 
 
 def _columns(axis: str, with_memory: bool) -> list[Column]:
@@ -80,11 +81,7 @@ def _measure(
     contenders = {"nn.LSTM": official_contender(w), "ManualLSTM": our_contender(w)}
     check_answer(*(run_once(contenders[who], mode) for who in ("ManualLSTM", "nn.LSTM")))
 
-    def runner(who: str) -> Runner:
-        contender = contenders[who]
-        return Runner(contender.step(mode), lambda: contender.during(mode))
-
-    runners = {who: runner(who) for who in contenders}
+    runners = {who: contender.runner(mode) for who, contender in contenders.items()}
     seconds = interleave(runners, effort, settings.threads, settings.device)
     peaks = memory.measure_peaks(case, mode, settings) if with_memory else {}
     return {
@@ -95,14 +92,14 @@ def _measure(
     }
 
 
-def _cells(found: dict[str, object], steps: int) -> list[str]:
-    seconds, peaks = found["seconds"], found["bytes"]
+def _cells(measured: dict[str, object], steps: int) -> list[str]:
+    seconds, peaks = measured["seconds"], measured["bytes"]
     assert isinstance(seconds, dict)
     assert isinstance(peaks, dict)
     middle = [statistics.median(values) for values in seconds.values()]
     cells = [format_number(value * 1e3) for value in middle]
-    assert isinstance(found["ratio"], float)
-    cells.append(format_ratio(found["ratio"]))
+    assert isinstance(measured["ratio"], float)
+    cells.append(format_ratio(measured["ratio"]))
     cells += [format_number(value / steps * 1e6) for value in middle]
     if peaks:
         cells += [format_megabytes(peaks["nn.LSTM"]), format_megabytes(peaks["ManualLSTM"])]

@@ -1,8 +1,7 @@
-"""The main table: everybody's time at every shape as a multiple of nn.LSTM's, and peak memory."""
+"""The main table: each contender's time as a multiple of nn.LSTM's, and peak memory."""
 
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from benchmarks import memory
@@ -10,7 +9,6 @@ from benchmarks.cases import Case, Group
 from benchmarks.contenders import (
     PEERS,
     Answer,
-    Contender,
     WrongError,
     check_answer,
     official_contender,
@@ -23,7 +21,8 @@ from benchmarks.timing import Effort, Runner, interleave, median_ratio, ratio_sp
 from benchmarks.workload import Settings, Workload
 
 NN, OURS, FLOOR = "nn.LSTM", "ManualLSTM", "floor"
-SLOW = 20  # who takes so many times as long, and a quarter of a second, is called once
+# A contender that takes so many times as long as nn.LSTM, and over a quarter of a second, runs once.
+SLOW = 20
 TITLES = {
     "inference": "INFERENCE: forward, under no_grad",
     "training": "TRAINING: forward and backward of output.sum()",
@@ -46,10 +45,10 @@ class Measurement:
     """What was measured for a case in a mode.
 
     Attributes:
-        seconds: everybody's seconds of a call, for every round.
-        bytes: nn.LSTM's and our peak memory.
-        floor: the ways chosen for the floor's products.
-        wrong: who was not timed, and why.
+        seconds: the seconds of a call in each round, by contender.
+        bytes: the peak memory of nn.LSTM and ManualLSTM.
+        floor: the ways that were chosen for the products of the floor.
+        wrong: the contenders that were not timed, and why.
     """
 
     group: str
@@ -66,8 +65,8 @@ class Measurement:
         return median_ratio(self.seconds, name, base)
 
     def ratios(self) -> dict[str, float]:
-        found = {name: self.ratio(name) for name in self.seconds if name != NN}
-        return {name: value for name, value in found.items() if value is not None}
+        ratios = {name: self.ratio(name) for name in self.seconds if name != NN}
+        return {name: value for name, value in ratios.items() if value is not None}
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -85,13 +84,13 @@ class Measurement:
 
 
 def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Measurement:
-    """Check everybody, then time all who are right in turns."""
+    """Check all contenders, then time in turns those whose answers are right."""
     row = Measurement(group, mode, case)
     w = Workload(case, settings)
     base = official_contender(w)
-    run_once(base, mode)  # the first call makes what later ones find
+    run_once(base, mode)  # to warm up: the first call is slower than the others
     expected = run_once(base, mode)
-    runners = {NN: _runner(base, mode)}
+    runners = {NN: base.runner(mode)}
     for name in (OURS, *plan.peers):
         try:
             contender = our_contender(w) if name == OURS else PEERS[name].build(w)
@@ -107,7 +106,7 @@ def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -
             if name != OURS and _is_slow(got, expected):
                 row.seconds[name] = [got.seconds]
             else:
-                runners[name] = _runner(contender, mode)
+                runners[name] = contender.runner(mode)
     bare, row.floor = floor_loop(w, mode)
     runners[FLOOR] = Runner(bare)
     row.seconds |= interleave(runners, plan.effort, settings.threads, settings.device)
@@ -120,12 +119,8 @@ def _is_slow(got: Answer, expected: Answer) -> bool:
     return got.seconds > 0.25 and got.seconds > SLOW * expected.seconds
 
 
-def _runner(contender: Contender, mode: str) -> Runner:
-    return Runner(contender.step(mode), lambda: contender.during(mode))
-
-
 def print_speed_table(plan: Plan, settings: Settings, rows: list[Measurement]) -> None:
-    """Print the table; every row is appended to ``rows`` as it is done."""
+    """Print the table. Each row is appended to ``rows`` when it is measured."""
     _legend(plan)
     for mode in plan.modes:
         print(f"\n{TITLES[mode]}")
@@ -170,47 +165,51 @@ def _columns(plan: Plan) -> list[Column]:
 
 def _cells(row: Measurement, plan: Plan) -> list[str]:
     middle = statistics.median(row.seconds[NN]) * 1e3
-    found = [row.case.shape, format_number(middle)]
+    cells = [row.case.shape, format_number(middle)]
     if OURS in row.seconds:
-        found += [format_ratio(row.ratio(OURS)), f"{ratio_spread(row.seconds, OURS, NN):.2f}"]
+        cells += [format_ratio(row.ratio(OURS)), f"{ratio_spread(row.seconds, OURS, NN):.2f}"]
     else:
-        found += ["wrong", "-"]
-    found.append(format_ratio(row.ratio(OURS, FLOOR)))
-    found += ["wrong" if name in row.wrong else format_ratio(row.ratio(name)) for name in plan.peers]
-    return found + (memory.memory_cells(row.bytes) if plan.memory else [])
+        cells += ["wrong", "-"]
+    cells.append(format_ratio(row.ratio(OURS, FLOOR)))
+    cells += ["wrong" if name in row.wrong else format_ratio(row.ratio(name)) for name in plan.peers]
+    return cells + (memory.memory_cells(row.bytes) if plan.memory else [])
 
 
-def geometric_means(rows: Iterable[Measurement]) -> dict[str, dict[str, float]]:
-    """Geometric means of the ratios, by group and name, for everybody who did all of a group."""
+def geometric_means(rows: list[Measurement]) -> dict[str, dict[str, float]]:
+    """Return geometric means of the ratios, by group and contender.
+
+    A contender has a mean for a group if it did all cases of the group. ``"all"`` is the mean over
+    all groups, where there are several.
+    """
     groups: dict[str, list[Measurement]] = {}
-    everything: list[Measurement] = []
     for row in rows:
         groups.setdefault(row.group, []).append(row)
-        everything.append(row)
     if len(groups) > 1:
-        groups["all"] = everything
-    found: dict[str, dict[str, float]] = {}
+        groups["all"] = rows
+    means: dict[str, dict[str, float]] = {}
     for group, members in groups.items():
         if len(members) > 1:
             ratios = [row.ratios() for row in members]
-            names = [name for name in ratios[0] if all(name in each for each in ratios)]
-            found[group] = {name: _geometric([each[name] for each in ratios]) for name in names}
+            names = [name for name in ratios[0] if all(name in row_ratios for row_ratios in ratios)]
+            means[group] = {
+                name: _geometric_mean([row_ratios[name] for row_ratios in ratios]) for name in names
+            }
             over_floor = [row.ratio(OURS, FLOOR) for row in members]
-            known = [value for value in over_floor if value is not None]
-            if len(known) == len(members):
-                found[group]["/floor"] = _geometric(known)
-    return found
+            measured = [value for value in over_floor if value is not None]
+            if len(measured) == len(members):
+                means[group]["/floor"] = _geometric_mean(measured)
+    return means
 
 
-def _geometric(values: list[float]) -> float:
+def _geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _show_means(table: Table, plan: Plan, rows: list[Measurement]) -> None:
-    found = geometric_means(rows)
-    if found:
+    means = geometric_means(rows)
+    if means:
         print("  geometric means, of whoever did all of a group")
-    for group, mean in found.items():
+    for group, mean in means.items():
         names = [OURS, "", "/floor", *plan.peers]
         cells = [format_ratio(mean.get(name)) if name else "" for name in names]
         table.row([group, "", *cells])

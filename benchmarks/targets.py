@@ -1,4 +1,4 @@
-"""What ManualLSTM's times are meant to be, as multiples of nn.LSTM's in the same run."""
+"""The targets for ManualLSTM's times, as multiples of nn.LSTM's in the same run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from benchmarks.cases import GROUPS, Case
 from benchmarks.contenders import OWN_VARIANTS
 from benchmarks.workload import INFERENCE, MODES, TRAINING
 
-# For each group and mode the most for every case.
+# The most that each case of a group may take, by mode.
 MOST_PER_CASE = {
     "one-step": {INFERENCE: 0.9, TRAINING: 1.0},
     "overhead": {INFERENCE: 3.0, TRAINING: 2.5},
@@ -15,7 +15,7 @@ MOST_PER_CASE = {
     "one-sequence": {INFERENCE: 2.0, TRAINING: 2.0},
     "packed": {INFERENCE: 0.8, TRAINING: 0.8},
 }
-# For each group and mode the most for the geometric mean.
+# The most that the geometric mean of a group may be, by mode.
 MOST_MEAN = {"arithmetic": {INFERENCE: 1.3, TRAINING: 1.0}}
 
 Ratios = dict[tuple[str, Case], dict[str, float]]  # by mode and case, then by name
@@ -23,7 +23,7 @@ Ratios = dict[tuple[str, Case], dict[str, float]]  # by mode and case, then by n
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a target is met: what it is, the most it allows, and what was measured."""
+    """A target, the most that it allows, and what was measured."""
 
     mode: str
     what: str
@@ -36,11 +36,11 @@ class Verdict:
 
 
 def verdicts(ratios: Ratios, means: dict[str, dict[str, dict[str, float]]]) -> Iterator[Verdict]:
-    """Judge what was measured; what was not has no verdict.
+    """Compare what was measured with the targets.
 
     Args:
-        ratios: for a mode and case everybody's time as a multiple of nn.LSTM's.
-        means: the geometric means of these, by mode, group and name.
+        ratios: each contender's time as a multiple of nn.LSTM's, by mode and case.
+        means: the geometric means of these, by mode, group and contender.
     """
     for mode in MODES:
         for name, group in GROUPS.items():
@@ -64,11 +64,11 @@ def verdicts(ratios: Ratios, means: dict[str, dict[str, dict[str, float]]]) -> I
             yield Verdict(mode, f"{case}: as {best}", others[best], measured["ManualLSTM"])
 
 
-def print_verdicts(found: list[Verdict]) -> None:
+def print_verdicts(verdicts: list[Verdict]) -> None:
     """Print each target, what was measured, and whether it is met."""
     print("\nTargets: the most that ManualLSTM may take, as a multiple of nn.LSTM's time")
     print(f"{'mode':<11}{'target':<62}{'most':>6}{'measured':>10}")
-    for v in found:
+    for v in verdicts:
         verdict = "met" if v.met else "MISSED"
         print(f"{v.mode:<11}{v.what:<62}{v.most:>6.2f}{v.measured:>10.2f}  {verdict}")
-    print(f"{sum(v.met for v in found)} of {len(found)} met", flush=True)
+    print(f"{sum(v.met for v in verdicts)} of {len(verdicts)} met", flush=True)

@@ -19,6 +19,8 @@ PROBES = Probes()
 
 # Exceptions.
 
+ErrorPair = tuple[type[Exception] | None, type[Exception] | None]  # of nn.LSTM, of the layer
+
 
 def _error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> type[Exception] | None:
     try:
@@ -28,8 +30,8 @@ def _error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> type[Excep
     return None
 
 
-def _assert_same_errors(errors: dict[str, tuple[type[Exception] | None, ...]]) -> None:
-    """Assert that where nn.LSTM raises, the layer raises the same: (theirs, ours) by mistake."""
+def _assert_same_errors(errors: dict[str, ErrorPair]) -> None:
+    """Assert that for every mistake for which nn.LSTM raises, the layer raises the same."""
     wrong = [
         f"{mistake}: {ours.__name__ if ours else 'nothing'} instead of {theirs.__name__}"
         for mistake, (theirs, ours) in errors.items()
