@@ -172,7 +172,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "scaling", _scaling, "time and memory against T, H, B and layers")
     command.add_argument(
-        "--base", type=_one_shape, default=(scaling.BASE,), metavar="T,B,I,H", help="what stays fixed"
+        "--base",
+        type=_one_shape,
+        default=(scaling.BASE,),
+        metavar="T,B,I,H",
+        help="the case in which one number at a time is changed",
     )
     for axis, values in scaling.AXES.items():
         shown = ",".join(map(str, values))
@@ -214,13 +218,13 @@ def _command(
     else:
         command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
-    command.add_argument("--json", type=_file, metavar="FILE", help="write all that was measured")
+    command.add_argument("--json", type=_file, metavar="FILE", help="write all measurements to it")
     return command
 
 
 def _shapes(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--shapes", type=_shape_list, metavar="T,B,I,H;...", help="instead of those built in"
+        "--shapes", type=_shape_list, metavar="T,B,I,H;...", help="measure these shapes instead"
     )
 
 
@@ -232,11 +236,9 @@ def _mode(command: argparse.ArgumentParser) -> None:
 
 def _timing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--seconds", type=_seconds, metavar="S", help="time in turns for each row, beyond --rounds"
+        "--seconds", type=_seconds, metavar="S", help="the least time to measure each row for"
     )
-    command.add_argument(
-        "--rounds", type=_number, metavar="N", help="turns that everybody takes at least"
-    )
+    command.add_argument("--rounds", type=_number, metavar="N", help="the least number of rounds")
 
 
 def _shape_list(text: str) -> tuple[Case, ...]:

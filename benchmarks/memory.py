@@ -61,7 +61,7 @@ def measure_peaks(case: Case, mode: str, settings: Settings) -> dict[str, float 
 
 
 def memory_ratio(peaks: dict[str, float | None]) -> float | None:
-    """Return ManualLSTM's peak as a multiple of nn.LSTM's; None if that is below ``LEAST``."""
+    """Return ManualLSTM's peak as a multiple of nn.LSTM's, or None if nn.LSTM's is below ``LEAST``."""
     theirs, our = peaks["nn.LSTM"], peaks["ManualLSTM"]
     return our / theirs if theirs is not None and our is not None and theirs >= LEAST else None
 
@@ -146,7 +146,9 @@ def print_memory_table(
 ) -> Iterator[dict[str, object]]:
     """Print the table of the memory command; yields what was measured, row by row."""
     print("Peak memory above the model and its input, in MB (10^6 bytes), each in a fresh process.")
-    print("ratio: ManualLSTM's as a multiple of nn.LSTM's; input and output are there to compare.\n")
+    print(
+        "ratio: ManualLSTM's as a multiple of nn.LSTM's. input, output: their sizes, to compare with.\n"
+    )
     table = Table(
         [
             Column("", "T,B,I,H", 35),

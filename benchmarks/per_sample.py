@@ -97,7 +97,7 @@ def print_per_sample_table(
     cases: tuple[Case, ...], effort: Effort, settings: Settings
 ) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
-    print("Gradients of output.sum() by every parameter for every sample; gap: the largest difference.")
+    print("The gradients of output.sum() for every sample, of all parameters; gap: largest difference.")
     print("ratio: as a multiple of DPLSTM's, in Opacus' GradSampleModule, in the same run.\n")
     table = Table(
         [

@@ -24,8 +24,10 @@ def print_precision_table(
     cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...], effort: Effort, settings: Settings
 ) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
-    print("error: the distance from nn.LSTM in float64 with the same weights and input, as a part of")
-    print("the whole (norm of the difference / norm); time: ManualLSTM's as a multiple of nn.LSTM's.\n")
+    print(
+        "error: norm of the difference from nn.LSTM in float64 with the same weights and input, divided"
+    )
+    print("by the norm of the latter; time: ManualLSTM's as a multiple of nn.LSTM's.\n")
     table = Table(
         [
             Column("", "T,B,I,H", 17),

@@ -39,8 +39,8 @@ def print_scaling_table(
     settings: Settings,
 ) -> Iterator[dict[str, object]]:
     """Print a table for each axis and mode; yields what was measured, row by row."""
-    print("Time of a call and its peak memory above the model and input, whole and for each step.")
-    print("Where what a step takes does not rise with T, time and memory grow linearly in T.")
+    print("Time of a call and its peak memory above the model and input, in total and for each step.")
+    print("If time and memory for each step do not rise with T, the totals grow linearly in T.")
     for axis, values in axes.items():
         for mode in modes:
             fixed = case_at(base, axis, values[0])

@@ -146,7 +146,9 @@ def _legend(plan: Plan) -> None:
     if plan.memory:
         print("  peak MB     memory of one call above the model and input: nn.LSTM's, ours, ratio")
     if plan.peers:
-        print("A dash: it cannot do this. Who is over 20 times slower is called once, others often.")
+        print(
+            "A dash: not supported. A contender over 20 times slower runs once, the others many times."
+        )
 
 
 def _columns(plan: Plan) -> list[Column]:
@@ -208,7 +210,7 @@ def _geometric_mean(values: list[float]) -> float:
 def _show_means(table: Table, plan: Plan, rows: list[Measurement]) -> None:
     means = geometric_means(rows)
     if means:
-        print("  geometric means, of whoever did all of a group")
+        print("  geometric means, of the contenders that did all of a group")
     for group, mean in means.items():
         names = [OURS, "", "/floor", *plan.peers]
         cells = [format_ratio(mean.get(name)) if name else "" for name in names]

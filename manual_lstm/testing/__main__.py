@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm.testing",
-        description="Try on a class all that nn.LSTM does for its callers. Without one: on nn.LSTM, "
+        description="Try on a class all that nn.LSTM does for its callers. By default on nn.LSTM, "
         "ManualLSTM, torch.ao's quantizable.LSTM and Opacus' DPLSTM.",
     )
     parser.add_argument("name", nargs="?", help="the class, as package.module:Class")
