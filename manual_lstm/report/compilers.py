@@ -139,7 +139,7 @@ def check_graph_sizes(setting: Setting) -> None:
 
 def check_autocast_inside(setting: Setting) -> None:
     """Autocast inside the compiled function, forwards and backwards."""
-    setting = setting.but(dtype=torch.float32)
+    setting = setting.with_changes(dtype=torch.float32)
     layer = setting.layer()
     input, hx = setting.input(*EXAMPLE), setting.hx(EXAMPLE[1])
 

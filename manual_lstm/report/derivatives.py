@@ -33,15 +33,15 @@ def check_reverse_mode(setting: Setting) -> None:
     function = LayerFunction(setting)
     point = function.point
     expected = function.gradients(point)
-    function.same(grad(lambda p: loss(function(p)))(point), expected)
+    function.assert_close(grad(lambda p: loss(function(p)))(point), expected)
 
     results, pull = cast(Any, vjp(function, point))
-    function.same(results, function.expected(point))
-    function.same(pull({name: ramp(part) for name, part in results.items()})[0], expected)
+    function.assert_close(results, function.expected(point))
+    function.assert_close(pull({name: ramp(part) for name, part in results.items()})[0], expected)
 
     step = random_direction(point)
     jacobian = jacrev(function)(point)
-    function.same(
+    function.assert_close(
         jacobian_times(jacobian, step), directional_derivative(function.expected, point, step)
     )
 
@@ -51,15 +51,15 @@ def check_forward_mode(setting: Setting) -> None:
     function = LayerFunction(setting)
     point, step = function.point, random_direction(function.point)
     expected = function.expected(point), directional_derivative(function.expected, point, step)
-    function.same(jvp(function, (point,), (step,)), expected)
+    function.assert_close(jvp(function, (point,), (step,)), expected)
     jacobian = jacfwd(function, randomness="same")(point)
-    function.same(jacobian_times(jacobian, step), expected[1])
+    function.assert_close(jacobian_times(jacobian, step), expected[1])
     # linearize recomputes constants of its graph, with new random numbers. So there is no dropout.
     function = LayerFunction(setting, T=2, training=False)
     point, step = function.point, random_direction(function.point)
     results, push = linearize(function, point)
     expected = function.expected(point), directional_derivative(function.expected, point, step)
-    function.same((results, push(step)), expected)
+    function.assert_close((results, push(step)), expected)
 
 
 def check_second_order(
@@ -79,7 +79,7 @@ def check_second_order(
             return function.gradients(function.point | part, HESSIAN_PARTS)
 
         expected = directional_derivative(gradients, variables, step)
-        function.same(method(value, variables, step), expected)
+        function.assert_close(method(value, variables, step), expected)
 
     return check
 
@@ -109,11 +109,11 @@ def check_dual_numbers(setting: Setting) -> None:
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(t, step[name]) for name, t in point.items()}
         tangents = {name: forward_ad.unpack_dual(t).tangent for name, t in function(dual).items()}
-    function.same(tangents, expected)
+    function.assert_close(tangents, expected)
     gradients = torch.autograd.grad(loss(tangents), list(point.values()))
     # The loss is linear in the results. So the gradient of the tangents' loss is the directional
     # derivative of the gradients.
-    function.same(
+    function.assert_close(
         dict(zip(point, gradients)), directional_derivative(function.gradients, function.point, step)
     )
 
@@ -139,14 +139,14 @@ def check_autograd_functional(setting: Setting) -> None:
     )
     curved = tuple(directional_derivative(gradients, point, step).values())
     ramps = tuple(ramp(part) for part in results(*primals))
-    function.same(functional.jvp(results, primals, steps)[1], pushed)
-    function.same(functional.vjp(results, primals, ramps)[1], tuple(gradients(point).values()))
-    function.same(functional.hvp(value, primals, steps)[1], curved)
-    function.same(functional.vhp(value, primals, steps)[1], curved)
-    function.same(_times(functional.hessian(value, primals), steps), curved)
-    function.same(_times(functional.hessian(value, primals, vectorize=True), steps), curved)
+    function.assert_close(functional.jvp(results, primals, steps)[1], pushed)
+    function.assert_close(functional.vjp(results, primals, ramps)[1], tuple(gradients(point).values()))
+    function.assert_close(functional.hvp(value, primals, steps)[1], curved)
+    function.assert_close(functional.vhp(value, primals, steps)[1], curved)
+    function.assert_close(_times(functional.hessian(value, primals), steps), curved)
+    function.assert_close(_times(functional.hessian(value, primals, vectorize=True), steps), curved)
     for options in ({}, {"vectorize": True}):
-        function.same(_times(functional.jacobian(results, primals, **options), steps), pushed)
+        function.assert_close(_times(functional.jacobian(results, primals, **options), steps), pushed)
 
 
 def _times(rows: tuple[tuple[Tensor, ...], ...], steps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ def _times(rows: tuple[tuple[Tensor, ...], ...], steps: tuple[Tensor, ...]) -> t
 
 def check_double_backward(setting: Setting) -> None:
     """gradgradcheck from output, h_n and c_n to the input, both states and every weight."""
-    function = LayerFunction(setting.but(I=2, H=3), T=3)
+    function = LayerFunction(setting.with_changes(I=2, H=3), T=3)
     tensors = tuple(t.clone().requires_grad_() for t in function.point.values())
 
     def results(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -187,7 +187,7 @@ def check_triple_backward(setting: Setting) -> None:
     second = directional_derivative(
         lambda point: along(function.expected, point, 2), function.point, step
     )
-    function.same(along(function, function.point, 3), second)
+    function.assert_close(along(function, function.point, 3), second)
 
 
 def check_wgan_gp(setting: Setting) -> None:
@@ -214,7 +214,7 @@ def check_wgan_gp(setting: Setting) -> None:
     expected = directional_derivative(
         lambda p: {"": critic(function.expected, p, False)}, before, step
     )[""]
-    function.same(moved, expected)
+    function.assert_close(moved, expected)
 
 
 def check_maml(setting: Setting) -> None:
@@ -241,15 +241,15 @@ def check_maml(setting: Setting) -> None:
     expected = directional_derivative(
         lambda p: {"": adapted(function.expected, requiring_grad(p), False)}, weights, step
     )[""]
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
 
 
 def check_eval_mode(setting: Setting) -> None:
     """Gradients of a layer in eval mode, on the CPU and on CUDA where there is one."""
     devices = {setting.device, *(["cuda"] if torch.cuda.is_available() else [])}
     for device in sorted(devices):
-        function = LayerFunction(setting.but(device=device), training=False)
-        function.same(function.train(), function.trained())
+        function = LayerFunction(setting.with_changes(device=device), training=False)
+        function.assert_close(function.train(), function.trained())
 
 
 ROWS = [

@@ -165,7 +165,7 @@ def check_fully_sharded(setting: Setting, layer_too: bool) -> None:
         assert_close(
             run_on_two_processes(partial(_train_fully_sharded, setting, layer_too), folder), expected
         )
-        loaded = LossModel(setting.but(make=nn.LSTM, seed=setting.seed + 1).layer(), setting)
+        loaded = LossModel(setting.with_changes(make=nn.LSTM, seed=setting.seed + 1).layer(), setting)
         state = loaded.state_dict()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process

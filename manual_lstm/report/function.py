@@ -28,7 +28,7 @@ class LayerFunction:
 
     def __init__(self, setting: Setting, T: int = 5, B: int = 2, training: bool = True) -> None:
         self.layer = setting.layer().train(training)
-        self.official = setting.but(dtype=torch.float64).official(self.layer)
+        self.official = setting.with_changes(dtype=torch.float64).official(self.layer)
         self.dropout = training and setting.options.get("dropout", 0.0) > 0
         self.input = setting.input(T, B)
         h_0, c_0 = setting.hx(B)
@@ -92,7 +92,7 @@ class LayerFunction:
         gradients = {f"grad of {name}": t for name, t in self.gradients(self.point).items()}
         return self.expected(self.point) | gradients
 
-    def same(self, actual: Any, expected: Any) -> None:
+    def assert_close(self, actual: Any, expected: Any) -> None:
         """Assert that tensors, or dicts and sequences of them, are as close as the dtype allows."""
         torch.testing.assert_close(
             actual, expected, rtol=self.tolerance, atol=self.tolerance, check_dtype=False

@@ -55,7 +55,7 @@ def check_grad_sample(setting: Setting) -> None:
 
 def check_privacy_engine(setting: Setting) -> None:
     """Without noise, and with a bound that clips nothing, private training is ordinary training."""
-    model, official = _models(setting.but(options={**setting.options, "batch_first": True}))
+    model, official = _models(setting.with_changes(options={**setting.options, "batch_first": True}))
     torch.manual_seed(setting.seed)
     inputs, labels = torch.randn(8, 6, setting.I, dtype=setting.dtype), torch.arange(8) % 2
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=4)

@@ -32,7 +32,7 @@ class Setting:
 
     def official(self, layer: nn.Module) -> nn.LSTM:
         """Make an nn.LSTM with copies of the weights of ``layer``, in the same mode."""
-        lstm = self.but(make=nn.LSTM).layer()
+        lstm = self.with_changes(make=nn.LSTM).layer()
         assert isinstance(lstm, nn.LSTM)
         lstm.load_state_dict(layer.state_dict())
         return lstm.train(layer.training)
@@ -62,7 +62,7 @@ class Setting:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=self.dtype).to(self.device)
 
-    def but(self, **changes: Any) -> "Setting":
+    def with_changes(self, **changes: Any) -> "Setting":
         """Return the same setting with some fields changed."""
         return replace(self, **changes)
 
@@ -85,7 +85,7 @@ class ReportRow:
     def run(self, setting: Setting) -> None:
         """Make the check in each dtype."""
         for dtype in self.dtypes or (setting.dtype,):
-            self.check(setting.but(dtype=dtype))
+            self.check(setting.with_changes(dtype=dtype))
 
 
 class MissingRequirement(Exception):

@@ -83,9 +83,9 @@ def check_saving(call: Callable[..., Any], falls: bool = True) -> Callable[[Sett
 
     def check(setting: Setting) -> None:
         function = LayerFunction(setting)
-        function.same(function.train(call), function.trained())
+        function.assert_close(function.train(call), function.trained())
         if falls:
-            large = LayerFunction(setting.but(H=16), T=24, B=4)
+            large = LayerFunction(setting.with_changes(H=16), T=24, B=4)
             before = bytes_held(large, lambda step, *tensors: step(*tensors))
             after = bytes_held(large, call)
             assert after < before / 2, f"holds {after} bytes, and {before} in a plain call"
@@ -136,7 +136,7 @@ def check_deterministic(setting: Setting) -> None:
         torch.use_deterministic_algorithms(before, warn_only=warns)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name} differs"
-    function.same(first, function.trained())
+    function.assert_close(first, function.trained())
 
 
 FLOAT32 = (torch.float32,)

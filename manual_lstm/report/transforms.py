@@ -52,9 +52,9 @@ def check_vmap_over(*names: str) -> Callable[[Setting], None]:
                 return function.expected(rest | part)
 
             expected = one_by_one(official, batch)
-            function.same(same_vmap(call)(batch), expected)
+            function.assert_close(same_vmap(call)(batch), expected)
             # Over the last dimension, two members at a time.
-            function.same(same_vmap(call, in_dims=-1, chunk_size=2)(batch_last), expected)
+            function.assert_close(same_vmap(call, in_dims=-1, chunk_size=2)(batch_last), expected)
 
     return check
 
@@ -74,12 +74,12 @@ def check_nested_vmap(setting: Setting) -> None:
     expected = one_by_one(
         lambda x: one_by_one(lambda hx: function.expected(point | x | hx), states), inputs
     )
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
 
 
 def check_ensemble(setting: Setting) -> None:
     """Several layers of one shape run as one, on one input and on an input for each."""
-    functions = [LayerFunction(setting.but(seed=seed)) for seed in range(MEMBERS)]
+    functions = [LayerFunction(setting.with_changes(seed=seed)) for seed in range(MEMBERS)]
     weights, buffers = stack_module_state([function.layer for function in functions])
     first = functions[0]
     states = (first.point["h_0"], first.point["c_0"])
@@ -95,7 +95,7 @@ def check_ensemble(setting: Setting) -> None:
         for k, function in enumerate(functions):
             member = select(first.point, "h_0", "c_0") | {"input": x if in_dim is None else x[k]}
             expected = function.expected(function.point | member)
-            first.same({name: t[k] for name, t in actual.items()}, expected)
+            first.assert_close({name: t[k] for name, t in actual.items()}, expected)
     # The gradients of all members come from one backward.
     outputs = same_vmap(call, in_dims=(0, 0, None))(weights, buffers, first.point["input"])
     value = torch.stack([loss({name: t[k] for name, t in outputs.items()}) for k in range(MEMBERS)])
@@ -103,19 +103,19 @@ def check_ensemble(setting: Setting) -> None:
     shared = select(first.point, "input", "h_0", "c_0")
     for k, function in enumerate(functions):
         expected = function.gradients(function.point | shared, weights)
-        first.same({name: t[k] for name, t in zip(weights, gradients)}, expected)
+        first.assert_close({name: t[k] for name, t in zip(weights, gradients)}, expected)
 
 
 def check_same_dropout(setting: Setting) -> None:
     """Every member gets the dropout mask of a separate call."""
     dropping = {"num_layers": 2, "dropout": 0.5}
-    check_vmap_over("input")(setting.but(options=setting.options | dropping))
+    check_vmap_over("input")(setting.with_changes(options=setting.options | dropping))
 
 
 def check_different_dropout(setting: Setting) -> None:
     """The result of each member belongs to some dropout mask, and the masks differ."""
     options = setting.options | {"num_layers": 2, "dropout": 0.5, "batch_first": False}
-    function = LayerFunction(setting.but(options=options, H=3, packed=False), T=2, B=1)
+    function = LayerFunction(setting.with_changes(options=options, H=3, packed=False), T=2, B=1)
     x = function.point["input"]
     output: Tensor = vmap(lambda x: function.layer(x)[0], randomness="different")(
         x.expand(20, *x.shape)
@@ -138,7 +138,7 @@ def check_different_dropout(setting: Setting) -> None:
         between = lstm(between)[0]
     gaps = (output.unsqueeze(2) - between.unsqueeze(1)).abs().amax((0, 3))  # [20, 2 ** n]
     nearest, which = gaps.min(1)
-    function.same(nearest, torch.zeros_like(nearest))
+    function.assert_close(nearest, torch.zeros_like(nearest))
     assert len(set(which.tolist())) > 10, "members have the same mask"
 
 
@@ -154,7 +154,7 @@ def check_per_sample_gradients(setting: Setting) -> None:
     samples = stacked_tensors(point, "input", "h_0", "c_0")
     actual = same_vmap(grad(value), in_dims=(None, 0))(weights, samples)
     expected = one_by_one(lambda sample: function.gradients(weights | sample, weights), samples)
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
     if setting.packed:
         return
 
@@ -172,7 +172,7 @@ def check_per_sample_gradients(setting: Setting) -> None:
         for b in range(2):
             sample = {name: t.narrow(dims[name], b, 1) for name, t in batch.items()}
             expected = function.gradients(weights | sample, weights)
-            function.same({name: t[b] for name, t in actual.items()}, expected)
+            function.assert_close({name: t[b] for name, t in actual.items()}, expected)
 
 
 ROWS = [

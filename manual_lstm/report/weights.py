@@ -100,10 +100,10 @@ def _compare(
     output, states = functional_call(function.official, to_float64(effective), (input, hx))
     expected = results_by_name(output, *states)
     actual = dict(zip(expected, results))
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
     sources = [*leaves.values(), *function.layer.parameters()]
     gradients = torch.autograd.grad(loss(actual), sources, retain_graph=True)
-    function.same(gradients, torch.autograd.grad(loss(expected), sources))
+    function.assert_close(gradients, torch.autograd.grad(loss(expected), sources))
     return gradients[len(leaves) :]
 
 

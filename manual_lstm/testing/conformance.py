@@ -159,7 +159,7 @@ def lstm_checks(
     lacks = {*lacks, *chain.from_iterable(IMPLIED.get(name, ()) for name in lacks)}
     subject = Subject(factory, load, frozenset(lacks), max_examples)
     return [
-        Check(name, subject.but(*_can_leave_out(name, accepts)), name in lacks, accepts.get(name))
+        Check(name, subject.lacking(*_can_leave_out(name, accepts)), name in lacks, accepts.get(name))
         for name in PROBES
     ]
 
@@ -228,6 +228,6 @@ def check_lstm(
     for check in checks:
         # What failed in its own row is left out of the rows below, so that one fault fails one row.
         failed = [outcome.name for outcome in outcomes if outcome.status == FAILS]
-        subject = check.subject.but(*_can_leave_out(check.name, failed))
+        subject = check.subject.lacking(*_can_leave_out(check.name, failed))
         outcomes.append(replace(check, subject=subject).run())
     return Conformance(name, outcomes)

@@ -15,7 +15,7 @@ PROBES = Probes()
 
 def _compares_with(*features: str, **draw_options: Any) -> Probe:
     """Make a probe that compares values and gradients on cases with these features."""
-    return lambda subject: subject.draw(subject.same, features, **draw_options)
+    return lambda subject: subject.draw(subject.assert_same, features, **draw_options)
 
 
 @PROBES.add("parameters")
@@ -61,7 +61,7 @@ def _dropout(subject: Subject) -> None:
 
     def test(case: Case) -> None:
         case = replace(case, training=True)
-        subject.same(case)
+        subject.assert_same(case)
         after = []
         for layer in subject.pair(case):
             torch.manual_seed(case.seed)
@@ -77,23 +77,23 @@ def _dropout(subject: Subject) -> None:
 def _dropout_in_eval(subject: Subject) -> None:
     case = subject.case(training=False)
     case.options["dropout"] = 0.5
-    subject.same(case)
+    subject.assert_same(case)
 
 
 @PROBES.add("one step")
 def _one_step(subject: Subject) -> None:
-    subject.draw(lambda case: subject.same(replace(case, lengths=[1] * len(case.lengths))))
+    subject.draw(lambda case: subject.assert_same(replace(case, lengths=[1] * len(case.lengths))))
 
 
 @PROBES.add("all together")
 def _all_together(subject: Subject) -> None:
-    subject.draw(subject.same, large=True)
+    subject.draw(subject.assert_same, large=True)
 
 
 def _compares_in(dtype: torch.dtype) -> Probe:
     # Near the poles of the complex functions no two ways to compute agree. So complex cases are simple.
     features = ("bias", "batch_first", "hx") if dtype.is_complex else FEATURES
-    return lambda subject: subject.draw(subject.same, features, dtype)
+    return lambda subject: subject.draw(subject.assert_same, features, dtype)
 
 
 for _dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex128):

@@ -73,11 +73,11 @@ class Subject:
             suppress_health_check=list(HealthCheck),
         )(given(case=drawn)(test))()
 
-    def but(self, *names: str) -> "Subject":
+    def lacking(self, *names: str) -> "Subject":
         """Return the same subject without these features too."""
         return replace(self, without=self.without | set(names))
 
-    def same(self, case: Case) -> None:
+    def assert_same(self, case: Case) -> None:
         """Assert that the layer gives what nn.LSTM gives on a case."""
         reference, layer = self.pair(case)
         assert_same_layer(layer, reference, case, parameters="parameters" not in self.without)
