@@ -1,4 +1,4 @@
 """Benchmarks of ManualLSTM against nn.LSTM and other open LSTMs: ``python -m benchmarks -h``.
 
-They belong to the repository, not to the package that is installed: run them from its root.
+They are part of the repository, not of the installed package. Run them from the repository's root.
 """

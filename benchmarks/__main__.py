@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, memory, per_sample, precision, scaling, speed, targets
-from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick
+from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [memory.PEAK]:
-        memory.measure_here(argv[1], {**memory.WHO, **per_sample.WHO})
+        memory.measure_in_this_process(argv[1], {**memory.CONTENDERS, **per_sample.CONTENDERS})
         return 0
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["speed", *argv]
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(settings.threads)
-    # cuDNN rounds to TF32 by default where matmul does not; so nobody does.
+    # By default cuDNN rounds to TF32 and matmul does not. For a fair comparison nothing does.
     torch.backends.cudnn.allow_tf32 = False
-    with_dtype = arguments.run is not _precision  # whose rows say it
+    with_dtype = arguments.run is not _precision  # its rows show the dtype
     print(f"{machine.header(settings, with_dtype)}\n", flush=True)
     results: list[dict[str, object]] = []
     run: Callable[..., int] = arguments.run
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
     groups = {name: GROUPS[name] for name in arguments.groups or GROUPS}
     if arguments.quick:
-        groups = quick(groups)
+        groups = quick_groups(groups)
     if arguments.shapes:
         groups = {"given": Group("the shapes given", arguments.shapes)}
     for name in arguments.peers:
@@ -70,15 +70,18 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
         _effort(arguments, 4.0, 3) if arguments.quick else _effort(arguments, 10.0, 5),
         not (arguments.quick or arguments.no_memory),
     )
-    rows: list[speed.Row] = []
+    rows: list[speed.Measurement] = []
     try:
-        speed.run(plan, settings, rows)
+        speed.print_speed_table(plan, settings, rows)
     finally:
         results += [row.as_json() for row in rows]
     if arguments.targets:
         ratios = {(row.mode, row.case): row.ratios() for row in rows}
-        means = {mode: speed.means(row for row in rows if row.mode == mode) for mode in plan.modes}
-        targets.show(list(targets.verdicts(ratios, means)))
+        means = {
+            mode: speed.geometric_means([row for row in rows if row.mode == mode])
+            for mode in plan.modes
+        }
+        targets.print_verdicts(list(targets.verdicts(ratios, means)))
     return 1 if any(speed.OURS in row.wrong for row in rows) else 0
 
 
@@ -86,19 +89,21 @@ def _memory(arguments: argparse.Namespace, settings: Settings, results: list[dic
     rows = memory.ROWS
     if arguments.shapes:
         rows = [(case, mode, None) for case in arguments.shapes for mode in arguments.mode]
-    results.extend(memory.show(rows, settings))
+    results.extend(memory.print_memory_table(rows, settings))
     return 0
 
 
 def _scaling(
     arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
 ) -> int:
-    given = {axis: getattr(arguments, axis) for axis in scaling.AXES}
-    axes = {axis: values for axis, values in given.items() if values is not None} or scaling.AXES
+    chosen = {axis: getattr(arguments, axis) for axis in scaling.AXES}
+    axes = {axis: values for axis, values in chosen.items() if values is not None} or scaling.AXES
     (base,) = arguments.base
     effort = _effort(arguments, 1.0, 2)
     with_memory = not arguments.no_memory
-    results.extend(scaling.show(base, axes, arguments.mode, effort, with_memory, settings))
+    results.extend(
+        scaling.print_scaling_table(base, axes, arguments.mode, effort, with_memory, settings)
+    )
     return 0
 
 
@@ -107,7 +112,7 @@ def _precision(
 ) -> int:
     dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
     cases = arguments.shapes or precision.CASES
-    results.extend(precision.show(cases, dtypes, _effort(arguments, 3.0, 5), settings))
+    results.extend(precision.print_precision_table(cases, dtypes, _effort(arguments, 3.0, 5), settings))
     return 0
 
 
@@ -118,12 +123,12 @@ def _per_sample(
         print("Opacus, which this compares with, is not installed: pip install opacus", file=sys.stderr)
         return 1
     cases = arguments.shapes or per_sample.CASES
-    results.extend(per_sample.show(cases, _effort(arguments, 20.0, 5), settings))
+    results.extend(per_sample.print_per_sample_table(cases, _effort(arguments, 20.0, 5), settings))
     return 0
 
 
 def _effort(arguments: argparse.Namespace, seconds: float, rounds: int) -> Effort:
-    """What was asked for, or these."""
+    """Return the effort of the command line, with defaults for what it leaves open."""
     return Effort(
         seconds if arguments.seconds is None else arguments.seconds, arguments.rounds or rounds
     )
@@ -167,7 +172,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "scaling", _scaling, "time and memory against T, H, B and layers")
     command.add_argument(
-        "--base", type=_one_shape, default=(scaling.BASE,), metavar="T,B,I,H", help="what stays fixed"
+        "--base",
+        type=_one_shape,
+        default=(scaling.BASE,),
+        metavar="T,B,I,H",
+        help="the case in which one number at a time is changed",
     )
     for axis, values in scaling.AXES.items():
         shown = ",".join(map(str, values))
@@ -200,7 +209,7 @@ def _command(
     run: Callable[[argparse.Namespace, Settings, list[dict[str, object]]], int],
     about: str,
 ) -> argparse.ArgumentParser:
-    """Add a command with the options that all have."""
+    """Add a command with the options that all commands have."""
     command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     command.add_argument("--threads", type=_number, default=torch.get_num_threads(), metavar="N")
@@ -209,13 +218,13 @@ def _command(
     else:
         command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
-    command.add_argument("--json", type=_file, metavar="FILE", help="write all that was measured")
+    command.add_argument("--json", type=_file, metavar="FILE", help="write all measurements to it")
     return command
 
 
 def _shapes(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--shapes", type=_shape_list, metavar="T,B,I,H;...", help="instead of those built in"
+        "--shapes", type=_shape_list, metavar="T,B,I,H;...", help="measure these shapes instead"
     )
 
 
@@ -227,11 +236,9 @@ def _mode(command: argparse.ArgumentParser) -> None:
 
 def _timing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--seconds", type=_seconds, metavar="S", help="time in turns for each row, beyond --rounds"
+        "--seconds", type=_seconds, metavar="S", help="the least time to measure each row for"
     )
-    command.add_argument(
-        "--rounds", type=_number, metavar="N", help="turns that everybody takes at least"
-    )
+    command.add_argument("--rounds", type=_number, metavar="N", help="the least number of rounds")
 
 
 def _shape_list(text: str) -> tuple[Case, ...]:
@@ -256,12 +263,15 @@ def _modes(text: str) -> tuple[str, ...]:
     return (text,)
 
 
-def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+def _names(valid: Collection[str], also: tuple[str, ...] = ()) -> Callable[[str], tuple[str, ...]]:
+    """Make a parser of names with commas between them. An error message names ``also`` too."""
+
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(text.split(",")))
         for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(known)}")
+            if name not in valid:
+                valid_names = ", ".join([*also, *valid])
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {valid_names}")
         return names
 
     return parse
@@ -270,11 +280,7 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 def _peers(text: str) -> tuple[str, ...]:
     if text in ("none", "all"):
         return tuple(PEERS) if text == "all" else ()
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of: none, all, {', '.join(PEERS)}")
-    return names
+    return _names(PEERS, also=("none", "all"))(text)
 
 
 def _number(text: str) -> int:

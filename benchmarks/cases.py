@@ -1,4 +1,4 @@
-"""What is measured: shapes, in groups of which each asks another question."""
+"""The shapes that are measured, in groups. Each group answers another question."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Case:
         T, B, I, H: steps, batch, input size, hidden size.
         layers: how many are stacked.
         bidirectional: whether each also runs backwards in time.
-        packed: whether the input is a PackedSequence, not sorted, of lengths uniform in 1..T.
+        packed: whether the input is a PackedSequence, of unsorted lengths drawn uniformly from 1..T.
     """
 
     T: int
@@ -75,7 +75,7 @@ GROUPS = {
     ),
 }
 
-# Of each group what says most in the least time.
+# The cases of each group that say most in the least time.
 QUICK = {
     Case(1, 100, 6, 32),
     Case(1, 1, 80, 256),
@@ -88,13 +88,13 @@ QUICK = {
 }
 
 
-def quick(groups: dict[str, Group]) -> dict[str, Group]:
-    """The groups with the quick cases only, without those that have none."""
-    fewer = {
+def quick_groups(groups: dict[str, Group]) -> dict[str, Group]:
+    """Return the groups with their quick cases only, without groups that have none."""
+    quick_cases = {
         name: Group(group.title, tuple(case for case in group.cases if case in QUICK))
         for name, group in groups.items()
     }
-    return {name: group for name, group in fewer.items() if group.cases}
+    return {name: group for name, group in quick_cases.items() if group.cases}
 
 
 def parse_shapes(text: str) -> tuple[Case, ...]:

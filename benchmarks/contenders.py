@@ -1,6 +1,7 @@
-"""Who competes with nn.LSTM: ManualLSTM, and the registry of its peers.
+"""What is timed beside nn.LSTM: ManualLSTM, and its peers by name.
 
-Each gets nn.LSTM's weights and input, and must give its output and gradients before it is timed.
+Each contender gets nn.LSTM's weights and input. It is timed only if its output and its gradients are
+those of nn.LSTM.
 """
 
 import copy
@@ -16,23 +17,23 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import clock
+from benchmarks.timing import Runner, clock
 from benchmarks.workload import TRAINING, Workload
 from manual_lstm import ManualLSTM
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TILES = 512e6  # bytes of weights that the notebook's function may copy
+MOST_TILE_BYTES = 512e6  # above this, the notebook's function, which copies weights, is left out
 
 
 @dataclass
 class Contender:
-    """One that can be timed.
+    """An LSTM that can be timed.
 
     Attributes:
         forward: the call, from the input to the output as one tensor.
-        x: the input, laid out as it wants it.
-        parameters: what gets gradients.
-        around: what has to be switched while it runs.
+        x: the input, in the layout that ``forward`` takes.
+        parameters: the tensors that get gradients.
+        around: a context in which it runs, for switches of torch.
         as_official: brings the output into nn.LSTM's shape.
     """
 
@@ -43,11 +44,11 @@ class Contender:
     as_official: Callable[[Tensor], Tensor] = torch.Tensor.detach
 
     def inference(self) -> Tensor:
-        """Forward; the caller has switched gradients off."""
+        """Run the forward. The caller has switched gradients off."""
         return self.forward(self.x)
 
     def training(self) -> Tensor:
-        """Forward and backward, after what an optimizer's zero_grad does."""
+        """Run forward and backward, after clearing gradients as an optimizer's zero_grad does."""
         for parameter in self.parameters:
             parameter.grad = None
         output = self.forward(self.x)
@@ -59,20 +60,24 @@ class Contender:
 
     @contextmanager
     def during(self, mode: str) -> Iterator[None]:
-        """What holds while it runs in this mode."""
+        """Enter the context in which it runs in this mode."""
         with torch.set_grad_enabled(mode == TRAINING), self.around():
             yield
+
+    def runner(self, mode: str) -> Runner:
+        """Return what :func:`interleave` times."""
+        return Runner(self.step(mode), lambda: self.during(mode))
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's LSTM, or one of the two in another way.
+    """Another LSTM, or nn.LSTM or ManualLSTM run in another way.
 
     Attributes:
-        heading: two lines above its column, six characters at most.
+        heading: the two lines above its column, of at most six characters each.
         about: what it is, in one line.
-        build: makes the contender; ``None`` where it cannot do the case.
-        needs: the module that has to be installed.
+        build: makes the contender, or returns ``None`` if it does not support the case.
+        needs: the module that must be installed.
     """
 
     heading: tuple[str, str]
@@ -89,23 +94,23 @@ class Peer:
     def installed(self) -> bool:
         try:
             return importlib.util.find_spec(self.needs) is not None
-        except ModuleNotFoundError:  # of a package above it
+        except ModuleNotFoundError:  # the package that contains the module is not installed
             return False
 
 
-def of_module(layer: nn.Module, w: Workload) -> Contender:
-    """A contender of a layer that is called like nn.LSTM."""
+def contender_of_layer(layer: nn.Module, w: Workload) -> Contender:
+    """Make a contender of a layer that is called like nn.LSTM."""
     if w.case.packed:
         return Contender(lambda x: layer(x)[0].data, w.x, list(layer.parameters()))
     return Contender(lambda x: layer(x)[0], w.x, list(layer.parameters()))
 
 
-def official(w: Workload) -> Contender:
-    return of_module(w.lstm, w)
+def official_contender(w: Workload) -> Contender:
+    return contender_of_layer(w.lstm, w)
 
 
-def ours(w: Workload) -> Contender:
-    return of_module(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
+def our_contender(w: Workload) -> Contender:
+    return contender_of_layer(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
 
 
 def _opacus(w: Workload) -> Contender | None:
@@ -115,11 +120,11 @@ def _opacus(w: Workload) -> Contender | None:
     case = w.case
     layer = cls(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
     layer.load_state_dict(w.lstm.state_dict())
-    return of_module(layer.to(w.settings.device, w.settings.dtype), w)
+    return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
 
 
 def _quantizable(w: Workload) -> Contender | None:
-    if w.case.packed or w.case.layers > 1:  # its second layer does not take two directions
+    if w.case.packed or w.case.layers > 1:  # its second layer does not accept two directions
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,9 +134,9 @@ def _quantizable(w: Workload) -> Contender | None:
     _copy(w.lstm, targets)
     layer = layer.to(w.settings.device, w.settings.dtype)
     if w.settings.dtype == torch.float32:
-        return of_module(layer, w)
+        return contender_of_layer(layer, w)
     zeros = torch.zeros(1, w.case.B, w.case.H, device=w.settings.device, dtype=w.settings.dtype)
-    states = zeros, zeros  # its own are float32
+    states = zeros, zeros  # passed in, because the states that it makes are float32
     return Contender(lambda x: layer(x, states)[0], w.x, list(layer.parameters()))
 
 
@@ -155,7 +160,7 @@ def _cell(w: Workload) -> Contender | None:
 def _notebook(w: Workload) -> Contender | None:
     case = w.case
     tiles = case.B * 4 * case.H * (case.I + case.H) * w.settings.dtype.itemsize
-    if case.packed or case.layers > 1 or tiles > TILES:
+    if case.packed or case.layers > 1 or tiles > MOST_TILE_BYTES:
         return None
     assert isinstance(w.x, Tensor)
     weights = [nn.Parameter(p.detach().clone()) for p in w.lstm.parameters()]
@@ -171,7 +176,7 @@ def _notebook(w: Workload) -> Contender | None:
 def notebook_forward(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """The notebook's way: both weights tiled over the batch, two bmm and eight slices a step."""
+    """Compute as the notebook does: weights tiled over the batch, two bmm and eight slices a step."""
     B, T, _ = x.shape
     H = h.size(1)
     tiled_ih = w_ih.unsqueeze(0).tile(B, 1, 1)  # [B, 4H, I]
@@ -189,11 +194,11 @@ def notebook_forward(
 
 
 def _official_without_onednn(w: Workload) -> Contender | None:
-    return _without_onednn(official(w), w)
+    return _without_onednn(official_contender(w), w)
 
 
 def _ours_without_onednn(w: Workload) -> Contender | None:
-    return _without_onednn(ours(w), w)
+    return _without_onednn(our_contender(w), w)
 
 
 def _without_onednn(contender: Contender, w: Workload) -> Contender | None:
@@ -206,7 +211,7 @@ def _without_onednn(contender: Contender, w: Workload) -> Contender | None:
 @contextmanager
 def _onednn_off() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other switches that torch sets along with this one
+        warnings.simplefilter("ignore")  # torch sets other switches too, and warns of some
         flags = torch.backends.mkldnn.flags(enabled=False)
         flags.__enter__()
     try:
@@ -218,7 +223,7 @@ def _onednn_off() -> Iterator[None]:
 
 
 def _plain_loop(w: Workload) -> Contender | None:
-    contender = ours(w)
+    contender = our_contender(w)
     contender.around = lambda: mock.patch("manual_lstm.engine.stack.may_fuse", return_value=False)
     return contender
 
@@ -251,7 +256,7 @@ PEERS = {
         ("plain", "loop"), "ManualLSTM's plain loop, without the fused operator", _plain_loop
     ),
 }
-OWN = {"ours-no-onednn", "plain-loop"}  # ManualLSTM itself, in another way
+OWN_VARIANTS = {"ours-no-onednn", "plain-loop"}  # the peers that are ManualLSTM
 
 
 class WrongError(Exception):
@@ -260,14 +265,14 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contender gave: its output, in training the norm of all gradients, and its time."""
+    """The output of a contender, in training the norm of all its gradients, and its time."""
 
     output: Tensor
     norm: float
     seconds: float
 
 
-def answer(contender: Contender, mode: str) -> Answer:
+def run_once(contender: Contender, mode: str) -> Answer:
     """Run a contender once."""
     now = clock(contender.x.data.device)
     with contender.during(mode):
@@ -276,14 +281,14 @@ def answer(contender: Contender, mode: str) -> Answer:
         seconds = now() - start
     norm = 0.0
     if mode == TRAINING:
-        # The weights lie differently in every layer; the norm of all gradients does not.
+        # Layers arrange their weights differently. The norm of all gradients is the same for all.
         squares = [p.grad.double().square().sum() for p in contender.parameters if p.grad is not None]
         norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     return Answer(contender.as_official(output.detach()), norm, seconds)
 
 
-def check(got: Answer, expected: Answer) -> None:
-    """Raise WrongError where the answer is not nn.LSTM's."""
+def check_answer(got: Answer, expected: Answer) -> None:
+    """Raise WrongError if the answer is not nn.LSTM's."""
     if got.output.shape != expected.output.shape:
         raise WrongError(
             f"an output of {list(got.output.shape)}, not of {list(expected.output.shape)} as nn.LSTM's"

@@ -1,7 +1,7 @@
-"""The floor: a bare loop of the products that an LSTM must do, each in the fastest way at hand.
+"""The floor: a bare loop of the matrix products of an LSTM, each computed in the fastest way.
 
-No activation, no state, no autograd: whoever multiplies matrices one step after the other takes at
-least this long. nn.LSTM can be below it, where its products are not those that torch offers.
+The loop has no activation, no state and no autograd. An LSTM that multiplies matrices step by step
+takes at least this long. nn.LSTM can be faster, because it has products that torch does not offer.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,15 +21,18 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class _Way:
-    """A way to multiply by a weight: what to do once, and then for each ``x`` and summand ``a``."""
+    """A way to compute ``a + x @ weight``.
+
+    ``lay_out`` makes the call for one ``x`` and ``a``. ``once`` is called once before all of them.
+    """
 
     name: str
     lay_out: Callable[[Tensor, Tensor], Call]
     once: Call | None = None
 
 
-def floor(w: Workload, mode: str) -> tuple[Call, list[str]]:
-    """Return the loop, and the ways that were chosen for its products."""
+def floor_loop(w: Workload, mode: str) -> tuple[Call, list[str]]:
+    """Return the loop, and a description of the ways that were chosen for its products."""
     calls: list[Call] = []
     chosen: list[str] = []
     settings = w.settings
@@ -50,7 +53,7 @@ def floor(w: Workload, mode: str) -> tuple[Call, list[str]]:
         chosen.append(f"all {list(x.shape)} by {list(weight.shape)}: {way.name}")
 
     directions = 2 if w.case.bidirectional else 1
-    for k, weights in enumerate(w.lstm.all_weights):  # of each direction of each layer
+    for k, weights in enumerate(w.lstm.all_weights):  # for each direction of each layer
         weight_ih, weight_hh = weights[0].detach(), weights[1].detach()
         H, I = weight_hh.size(1), weight_ih.size(1)
         x, h, a = random(rows, I), random(B, H), random(B, 4 * H)
@@ -61,7 +64,7 @@ def floor(w: Workload, mode: str) -> tuple[Call, list[str]]:
             every_step(a, h, weight_hh)
             all_steps(da.t(), h_rows)
             all_steps(da.t(), x)
-            if k >= directions:  # the first layer's input wants no gradient
+            if k >= directions:  # the input of the first layer needs no gradient
                 all_steps(da, weight_ih)
 
     def step() -> None:
@@ -77,7 +80,7 @@ def _fastest(ways: Iterator[_Way], x: Tensor, a: Tensor, times: int, settings: S
         try:
             total = times * _seconds(way.lay_out(x, a), settings)
             total += 0.0 if way.once is None else _seconds(way.once, settings)
-        except RuntimeError:  # not for this dtype or device
+        except RuntimeError:  # this way does not support the dtype or device
             continue
         if total < least:
             best, least = way, total
@@ -93,7 +96,7 @@ def _seconds(call: Call, settings: Settings) -> float:
 
 
 def _adding_ways(weight: Tensor, rows: int) -> Iterator[_Way]:
-    """Ways to ``a + x @ weight``."""
+    """Yield the ways to compute ``a + x @ weight``."""
     yield _Way("addmm", lambda x, a: partial(torch.addmm, a, x, weight))
     for parts in (2, 4):
         if weight.size(1) % parts == 0:
@@ -126,7 +129,7 @@ def _split(weight: Tensor, parts: int) -> _Way:
 
 
 def _plain_ways(weight: Tensor) -> Iterator[_Way]:
-    """Ways to ``x @ weight``."""
+    """Yield the ways to compute ``x @ weight``."""
     yield _Way("mm", lambda x, _: partial(torch.mm, x, weight))
     linear = find_onednn("_linear_pointwise", "default")
     if linear is not None and _for_onednn(weight):

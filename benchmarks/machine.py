@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describe the machine and the software that the figures were measured with."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from benchmarks.workload import Settings
 
 
 def describe(settings: Settings) -> dict[str, str | int | bool]:
-    """The machine and the software, for the header and the JSON."""
+    """Return the machine and the software, for the header and the JSON."""
     device = settings.device
     return {
         "processor": _processor(),
@@ -28,7 +28,7 @@ def describe(settings: Settings) -> dict[str, str | int | bool]:
 
 
 def header(settings: Settings, with_dtype: bool) -> str:
-    """The same in two lines."""
+    """Return the same as two lines of text."""
     m = describe(settings)
     libraries = ", ".join(
         f"{'with' if m[key] else 'without'} {name}"
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Peak memory of one forward, or forward and backward, above the model and its input.
 
-Every figure is of a fresh process, since what an earlier call has left behind would hide a peak.
-On CPU it is the growth of the resident set, on CUDA that of torch's allocator.
+Each figure is measured in a fresh process, because memory that an earlier call left behind would hide
+a peak. On CPU it is the growth of the resident set, on CUDA the growth in torch's allocator.
 """
 
 import gc
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender, official, ours
-from benchmarks.table import Column, Table, megabytes, times
+from benchmarks.contenders import Contender, official_contender, our_contender
+from benchmarks.table import Column, Table, format_megabytes, format_ratio
 from benchmarks.workload import DTYPES, INFERENCE, TRAINING, Settings, Workload
 
-WHO = {"nn.LSTM": official, "ManualLSTM": ours}
-LEAST = 1e6  # bytes of which a ratio means something
-PEAK = "_peak"  # the command that runs in the fresh process
+CONTENDERS = {"nn.LSTM": official_contender, "ManualLSTM": our_contender}
+LEAST = 1e6  # bytes; a ratio to less is lost among memory pages
+PEAK = "_peak"  # the command of the fresh process
 
 # Case, mode, and the most that ManualLSTM may take as a multiple of nn.LSTM's.
 ROWS: list[tuple[Case, str, float | None]] = [
@@ -34,8 +34,8 @@ ROWS: list[tuple[Case, str, float | None]] = [
 ]
 
 
-def peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
-    """The peak in bytes, measured in a fresh process; ``None`` where it cannot be known."""
+def measure_peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
+    """Measure the peak in bytes in a fresh process; return ``None`` if it cannot be measured."""
     spec = {
         "case": asdict(case),
         "mode": mode,
@@ -55,31 +55,37 @@ def peak(case: Case, mode: str, who: str, settings: Settings) -> float | None:
     return value
 
 
-def peaks(case: Case, mode: str, settings: Settings) -> dict[str, float | None]:
-    """The peak of nn.LSTM and of ManualLSTM."""
-    return {who: peak(case, mode, who, settings) for who in WHO}
+def measure_peaks(case: Case, mode: str, settings: Settings) -> dict[str, float | None]:
+    """Measure the peaks of nn.LSTM and of ManualLSTM."""
+    return {who: measure_peak(case, mode, who, settings) for who in CONTENDERS}
 
 
-def quotient(found: dict[str, float | None]) -> float | None:
-    """ManualLSTM's peak as a multiple of nn.LSTM's; none where that is lost among memory pages."""
-    theirs, our = found["nn.LSTM"], found["ManualLSTM"]
+def memory_ratio(peaks: dict[str, float | None]) -> float | None:
+    """Return ManualLSTM's peak as a multiple of nn.LSTM's, or None if nn.LSTM's is below ``LEAST``."""
+    theirs, our = peaks["nn.LSTM"], peaks["ManualLSTM"]
     return our / theirs if theirs is not None and our is not None and theirs >= LEAST else None
 
 
-def cells(found: dict[str, float | None]) -> list[str]:
-    """Three cells: nn.LSTM's peak, ours, the quotient."""
-    return [megabytes(found["nn.LSTM"]), megabytes(found["ManualLSTM"]), times(quotient(found))]
+def memory_cells(peaks: dict[str, float | None]) -> list[str]:
+    """Return three cells: nn.LSTM's peak, ManualLSTM's, and their ratio."""
+    megabytes = [format_megabytes(peaks[name]) for name in ("nn.LSTM", "ManualLSTM")]
+    return [*megabytes, format_ratio(memory_ratio(peaks))]
 
 
-def measure_here(text: str, known: Mapping[str, Callable[[Workload], Contender]]) -> None:
-    """In the fresh process: measure one of those known, and print the bytes."""
+def measure_in_this_process(
+    text: str, contenders: Mapping[str, Callable[[Workload], Contender]]
+) -> None:
+    """Measure one of the contenders, and print the bytes. The fresh process runs this.
+
+    ``text`` is the JSON of what :func:`measure_peak` asks for.
+    """
     spec: dict[str, Any] = json.loads(text)
     settings = Settings(spec["threads"], DTYPES[spec["dtype"]], torch.device(spec["device"]))
     torch.set_num_threads(settings.threads)
     case, mode = Case(**spec["case"]), spec["mode"]
-    make = known[spec["who"]]
+    make = contenders[spec["who"]]
     tiny = replace(case, T=min(case.T, 2), B=min(case.B, 2), I=min(case.I, 4), H=min(case.H, 4))
-    _run(make(Workload(tiny, settings)), mode)  # loads libraries, starts threads
+    _run(make(Workload(tiny, settings)), mode)  # so that libraries are loaded and threads started
     contender = make(Workload(case, settings))
     gc.collect()
     print(json.dumps(_growth(contender, mode, settings.device)))
@@ -101,22 +107,22 @@ def _growth(contender: Contender, mode: str, device: torch.device) -> float | No
     if device.type != "cpu":
         return None
     resident = _status("VmRSS")
-    if resident is not None and _reset():
+    if resident is not None and _reset_peak():
         _run(contender, mode)
         return (_status("VmHWM") or 0) - resident
     try:
         import resource
     except ImportError:
         return None
-    # Without a resident set to start from, only growth beyond the peak so far can be seen.
+    # Where the peak cannot be reset, only growth beyond the peak so far can be measured.
     unit = 1 if sys.platform == "darwin" else 1024
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _run(contender, mode)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * unit
 
 
-def _reset() -> bool:
-    """Make the peak of the resident set what is resident now."""
+def _reset_peak() -> bool:
+    """Set the recorded peak to the present resident set; return whether the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -135,10 +141,14 @@ def _status(field: str) -> int | None:
     return None
 
 
-def show(rows: list[tuple[Case, str, float | None]], settings: Settings) -> Iterator[dict[str, object]]:
+def print_memory_table(
+    rows: list[tuple[Case, str, float | None]], settings: Settings
+) -> Iterator[dict[str, object]]:
     """Print the table of the memory command; yields what was measured, row by row."""
     print("Peak memory above the model and its input, in MB (10^6 bytes), each in a fresh process.")
-    print("ratio: ManualLSTM's as a multiple of nn.LSTM's; input and output are there to compare.\n")
+    print(
+        "ratio: ManualLSTM's as a multiple of nn.LSTM's. input, output: their sizes, to compare with.\n"
+    )
     table = Table(
         [
             Column("", "T,B,I,H", 35),
@@ -152,12 +162,13 @@ def show(rows: list[tuple[Case, str, float | None]], settings: Settings) -> Iter
         ]
     )
     for case, mode, target in rows:
-        found = peaks(case, mode, settings)
-        steps, ratio = case.T * case.B * settings.dtype.itemsize, quotient(found)
+        peaks = measure_peaks(case, mode, settings)
+        ratio = memory_ratio(peaks)
         verdict = ""
         if target is not None and ratio is not None:
             verdict = f"{target:.1f} {'met' if ratio <= target else 'MISSED'}"
         features = case.H * (2 if case.bidirectional else 1)
-        sizes = [megabytes(steps * case.I), megabytes(steps * features)]
-        table.row([str(case), mode, *sizes, *cells(found), verdict])
-        yield {"case": str(case), "mode": mode, "bytes": found, "ratio": ratio, "target": target}
+        bytes_of_feature = case.T * case.B * settings.dtype.itemsize
+        sizes = [format_megabytes(bytes_of_feature * n) for n in (case.I, features)]
+        table.row([str(case), mode, *sizes, *memory_cells(peaks), verdict])
+        yield {"case": str(case), "mode": mode, "bytes": peaks, "ratio": ratio, "target": target}

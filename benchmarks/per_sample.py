@@ -1,4 +1,4 @@
-"""Per-sample gradients: ManualLSTM's by torch.func and under Opacus, beside Opacus' own DPLSTM."""
+"""Per-sample gradients: ManualLSTM with torch.func and under Opacus, beside Opacus' own DPLSTM."""
 
 import importlib
 import warnings
@@ -11,24 +11,24 @@ from torch.func import functional_call, grad, vmap
 
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender
-from benchmarks.memory import peak
-from benchmarks.table import Column, Table, megabytes, times
-from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.memory import measure_peak
+from benchmarks.table import Column, Table, format_megabytes, format_ratio
+from benchmarks.timing import Effort, Runner, interleave, median_ratio
 from benchmarks.workload import TRAINING, Settings, Workload
 from manual_lstm import ManualLSTM
 
 PEER, FUNC, OPACUS = "DPLSTM", "vmap(grad)", "ManualLSTM under Opacus"
 CASES = (Case(50, 64, 64, 128), Case(100, 16, 256, 256))
-TARGET = 1.0  # the most of DPLSTM's time and memory
+TARGET = 1.0  # the most time and memory, as a multiple of DPLSTM's
 
 
 class PerSample(Contender):
-    """One that computes the gradient of every sample, ``[B, ...]`` for each parameter."""
+    """A contender that computes the gradients of every sample, ``[B, ...]`` for each parameter."""
 
     gradients: Callable[[], list[Tensor]]
 
     def training(self) -> Tensor:
-        """All of them in one, to be compared."""
+        """Return all gradients as one tensor, to compare them."""
         return torch.cat([gradient.flatten() for gradient in self.gradients()])
 
     def step(self, mode: str) -> Callable[[], Any]:
@@ -45,9 +45,9 @@ def _by_func(w: Workload) -> PerSample:
         output: Tensor = functional_call(layer, parameters, (sample.unsqueeze(1),))[0]
         return output.sum()
 
-    of_every_sample = vmap(grad(loss), in_dims=(None, 1))
+    sample_gradients = vmap(grad(loss), in_dims=(None, 1))
     contender = PerSample(lambda x: x, x, list(parameters.values()))
-    contender.gradients = lambda: list(of_every_sample(parameters, x).values())
+    contender.gradients = lambda: list(sample_gradients(parameters, x).values())
     return contender
 
 
@@ -59,7 +59,7 @@ def _by_opacus(make: Callable[[Workload], Any]) -> Callable[[Workload], PerSampl
             grad_sample = importlib.import_module("opacus.grad_sample")
             layer = make(w).to(w.settings.device, w.settings.dtype)
             model = grad_sample.GradSampleModule(layer, batch_first=False, loss_reduction="sum")
-        # DPLSTM's parameters lie in modules of its own; its state dict has nn.LSTM's names.
+        # DPLSTM keeps its parameters in inner modules. Its state dict names them as nn.LSTM does.
         weights = layer.state_dict(keep_vars=True)
         parameters = [weights[name] for name, _ in w.lstm.named_parameters()]
 
@@ -67,7 +67,7 @@ def _by_opacus(make: Callable[[Workload], Any]) -> Callable[[Workload], PerSampl
             for parameter in parameters:
                 parameter.grad = parameter.grad_sample = None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the input, which needs no gradient
+                warnings.simplefilter("ignore")  # torch warns that the input needs no gradient
                 model(w.x)[0].sum().backward()
             return [parameter.grad_sample for parameter in parameters]
 
@@ -86,16 +86,18 @@ def _dplstm(w: Workload) -> Any:
     return layer
 
 
-WHO: dict[str, Callable[[Workload], Contender]] = {
+CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     PEER: _by_opacus(_dplstm),
     FUNC: _by_func,
     OPACUS: _by_opacus(lambda w: ManualLSTM.from_lstm(w.lstm)),
 }
 
 
-def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterator[dict[str, object]]:
+def print_per_sample_table(
+    cases: tuple[Case, ...], effort: Effort, settings: Settings
+) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
-    print("Gradients of output.sum() by every parameter for every sample; gap: the largest difference.")
+    print("The gradients of output.sum() for every sample, of all parameters; gap: largest difference.")
     print("ratio: as a multiple of DPLSTM's, in Opacus' GradSampleModule, in the same run.\n")
     table = Table(
         [
@@ -110,7 +112,7 @@ def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterato
         ]
     )
     for case in cases:
-        contenders = {who: make(Workload(case, settings)) for who, make in WHO.items()}
+        contenders = {who: make(Workload(case, settings)) for who, make in CONTENDERS.items()}
         expected = contenders[PEER].training()
         seconds = interleave(
             {who: Runner(c.step(TRAINING)) for who, c in contenders.items()},
@@ -118,22 +120,22 @@ def show(cases: tuple[Case, ...], effort: Effort, settings: Settings) -> Iterato
             settings.threads,
             settings.device,
         )
-        peaks = {who: peak(case, TRAINING, who, settings) for who in WHO}
+        peaks = {who: measure_peak(case, TRAINING, who, settings) for who in CONTENDERS}
         for who, contender in contenders.items():
-            time, memory = ratio(seconds, who, PEER), _quotient(peaks[who], peaks[PEER])
+            time, memory = median_ratio(seconds, who, PEER), _quotient(peaks[who], peaks[PEER])
             gap = float((contender.training() - expected).abs().max() / expected.abs().max())
             milliseconds = f"{1000 * sorted(seconds[who])[len(seconds[who]) // 2]:.1f}"
             met = time <= TARGET and (memory is None or memory <= TARGET)
             verdict = "" if who == PEER else "met" if met else "MISSED"
-            megabyte = megabytes(peaks[who])
+            megabyte = format_megabytes(peaks[who])
             table.row(
                 [
                     case.shape,
                     who,
                     milliseconds,
-                    times(time),
+                    format_ratio(time),
                     megabyte,
-                    times(memory),
+                    format_ratio(memory),
                     f"{gap:.0e}",
                     verdict,
                 ]

@@ -1,7 +1,7 @@
 """The README's picture: what the gates of a small character model do on a line of Python.
 
 ``python -m benchmarks.picture`` trains one layer of 64 units on Python's standard library for a few
-minutes, looks for the units that follow quotes and brackets, and draws a line that it has not seen.
+minutes, finds the units that follow quotes and brackets, and draws a line that was not in the training.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import manual_lstm
 from manual_lstm import ManualLSTM, Unrolled
 
 H, B, T = 64, 32, 128
-# Of the standard library; their text is long enough, and is Python as most people write it.
+# Packages of the standard library, whose code is long enough and ordinary Python.
 PACKAGES = [
     "asyncio",
     "concurrent",
@@ -48,7 +48,7 @@ class Characters(nn.Module):
 
 
 def code(file: Path) -> str:
-    """A file's statements, without comments and docstrings: with quotes of one line only."""
+    """Return a file's code without comments and docstrings, so that each string ends in its line."""
     tree = ast.parse(file.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
@@ -59,7 +59,7 @@ def code(file: Path) -> str:
 
 
 def inside(text: str) -> dict[str, Tensor]:
-    """Which characters are in quotes, and which in brackets."""
+    """Return which characters are in quotes, and which are in brackets."""
     quoted, bracketed = [], []
     quote, escaped, depth = "", False, 0
     for c in text:
@@ -95,13 +95,13 @@ def train(model: Characters, codes: Tensor, steps: int) -> None:
 
 
 def share_right(c: Tensor, marks: Tensor, threshold: Tensor, sign: Tensor) -> Tensor:
-    """How often ``sign * c > threshold`` says what ``marks`` says: the mean of both kinds' shares."""
-    said = sign * c > threshold
-    return (said[marks].double().mean(0) + (~said[~marks]).double().mean(0)) / 2
+    """Return how often ``sign * c > threshold`` equals ``marks``: the mean for true and false marks."""
+    predicted = sign * c > threshold
+    return (predicted[marks].double().mean(0) + (~predicted[~marks]).double().mean(0)) / 2
 
 
 def best_unit(c: Tensor, marks: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The unit whose cell state tells best, and how: its threshold and sign."""
+    """Return the unit whose cell state predicts the marks best, with its threshold and sign."""
     sign = (c[marks].mean(0) - c[~marks].mean(0)).sign()
     thresholds = (sign * c).quantile(torch.linspace(0.02, 0.98, 49).to(c), dim=0)  # [49, H]
     shares = torch.stack([share_right(c, marks, threshold, sign) for threshold in thresholds])
@@ -113,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default="gates.png")
     parser.add_argument("--steps", type=int, default=3000, help="how long to train")
-    parser.add_argument("--seed", type=int, default=2, help="others find other units, or none as good")
+    parser.add_argument(
+        "--seed", type=int, default=2, help="another seed finds other units, perhaps worse ones"
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)

@@ -1,4 +1,4 @@
-"""Errors against nn.LSTM in float64, of nn.LSTM's and ours in narrower dtypes, beside the time."""
+"""Errors of nn.LSTM and ManualLSTM in narrow dtypes against nn.LSTM in float64, and their times."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender, official, ours
-from benchmarks.table import Column, Table, times
-from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.contenders import Contender, official_contender, our_contender
+from benchmarks.table import Column, Table, format_ratio
+from benchmarks.timing import Effort, interleave, median_ratio
 from benchmarks.workload import MODES, Settings, Workload
 
 CASES = (
@@ -20,12 +20,14 @@ CASES = (
 )
 
 
-def show(
+def print_precision_table(
     cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...], effort: Effort, settings: Settings
 ) -> Iterator[dict[str, object]]:
     """Print the table; yields what was measured, row by row."""
-    print("error: the distance from nn.LSTM in float64 with the same weights and input, as a part of")
-    print("the whole (norm of the difference / norm); time: ManualLSTM's as a multiple of nn.LSTM's.\n")
+    print(
+        "error: norm of the difference from nn.LSTM in float64 with the same weights and input, divided"
+    )
+    print("by the norm of the latter; time: ManualLSTM's as a multiple of nn.LSTM's.\n")
     table = Table(
         [
             Column("", "T,B,I,H", 17),
@@ -42,14 +44,14 @@ def show(
     )
     for case in cases:
         for dtype in dtypes:
-            found = _measure(case, replace(settings, dtype=dtype), effort)
+            measured = _measure(case, replace(settings, dtype=dtype), effort)
             errors: list[str] = []
             for part in (0, 1):
-                theirs, our = found["nn.LSTM"][part], found["ManualLSTM"][part]
-                errors += [f"{theirs:.1e}", f"{our:.1e}", times(our / theirs) if theirs else "-"]
+                theirs, our = measured["nn.LSTM"][part], measured["ManualLSTM"][part]
+                errors += [f"{theirs:.1e}", f"{our:.1e}", format_ratio(our / theirs) if theirs else "-"]
             name = str(dtype).removeprefix("torch.")
-            table.row([case.shape, name, *errors, *map(times, found["time"])])
-            yield {"case": str(case), "dtype": name, **found}
+            table.row([case.shape, name, *errors, *map(format_ratio, measured["time"])])
+            yield {"case": str(case), "dtype": name, **measured}
 
 
 def _measure(case: Case, settings: Settings, effort: Effort) -> dict[str, list[float]]:
@@ -60,23 +62,19 @@ def _measure(case: Case, settings: Settings, effort: Effort) -> dict[str, list[f
             p.copy_(narrow)
     assert isinstance(w.x, Tensor)
     exact.x = w.x.double()
-    oracle = _answers(official(exact))
-    contenders = {"nn.LSTM": official(w), "ManualLSTM": ours(w)}
-    found = {who: _errors(_answers(contender), oracle) for who, contender in contenders.items()}
-    found["time"] = []
+    oracle = _answers(official_contender(exact))
+    contenders = {"nn.LSTM": official_contender(w), "ManualLSTM": our_contender(w)}
+    measured = {who: _errors(_answers(contender), oracle) for who, contender in contenders.items()}
+    measured["time"] = []
     for mode in MODES:
-        runners = {who: _runner(contender, mode) for who, contender in contenders.items()}
+        runners = {who: contender.runner(mode) for who, contender in contenders.items()}
         seconds = interleave(runners, effort, settings.threads, settings.device)
-        found["time"].append(ratio(seconds, "ManualLSTM", "nn.LSTM"))
-    return found
-
-
-def _runner(contender: Contender, mode: str) -> Runner:
-    return Runner(contender.step(mode), lambda: contender.during(mode))
+        measured["time"].append(median_ratio(seconds, "ManualLSTM", "nn.LSTM"))
+    return measured
 
 
 def _answers(contender: Contender) -> tuple[Tensor, Tensor]:
-    """The output, and all gradients in one."""
+    """Return the output, and all gradients as one tensor."""
     output = contender.training().detach()
     gradients = [p.grad.flatten() for p in contender.parameters if p.grad is not None]
     return output, torch.cat(gradients)

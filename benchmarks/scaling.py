@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks import memory
 from benchmarks.cases import Case
-from benchmarks.contenders import answer, check, official, ours
-from benchmarks.table import Column, Table, figure, megabytes, times
-from benchmarks.timing import Effort, Runner, interleave, ratio
+from benchmarks.contenders import check_answer, official_contender, our_contender, run_once
+from benchmarks.table import Column, Table, format_megabytes, format_number, format_ratio
+from benchmarks.timing import Effort, interleave, median_ratio
 from benchmarks.workload import Settings, Workload
 
 BASE = Case(100, 16, 128, 128)
@@ -22,15 +22,15 @@ AXES = {
 NAMES = {"T": "steps, T", "H": "hidden size, H", "B": "batch, B", "layers": "layers"}
 
 
-def at(base: Case, axis: str, value: int) -> Case:
-    """The base case with one number changed; over T with a small batch, that memory suffices."""
+def case_at(base: Case, axis: str, value: int) -> Case:
+    """Return the base case with one number changed. Over T the batch is small, to save memory."""
     if axis == "T":
         return replace(base, T=value, B=min(base.B, 4))
     changes: dict[str, Any] = {axis: value}
     return replace(base, **changes)
 
 
-def show(
+def print_scaling_table(
     base: Case,
     axes: dict[str, tuple[int, ...]],
     modes: tuple[str, ...],
@@ -39,18 +39,19 @@ def show(
     settings: Settings,
 ) -> Iterator[dict[str, object]]:
     """Print a table for each axis and mode; yields what was measured, row by row."""
-    print("Time of a call and its peak memory above the model and input, whole and for each step.")
-    print("Where what a step takes does not rise with T, time and memory grow linearly in T.")
+    print("Time of a call and its peak memory above the model and input, in total and for each step.")
+    print("If time and memory for each step do not rise with T, the totals grow linearly in T.")
     for axis, values in axes.items():
         for mode in modes:
-            fixed = at(base, axis, values[0])
+            fixed = case_at(base, axis, values[0])
             others = ", ".join(f"{k}={getattr(fixed, k)}" for k in ("T", "B", "I", "H") if k != axis)
             print(f"\n{NAMES[axis]}: {mode}; {others}")
             table = Table(_columns(axis, with_memory))
             for value in values:
-                found = _measure(at(base, axis, value), mode, effort, with_memory, settings)
-                table.row([str(value), *_cells(found, value if axis == "T" else fixed.T)])
-                yield {"axis": axis, "value": value, "mode": mode, **found}
+                case = case_at(base, axis, value)
+                measured = _measure(case, mode, effort, with_memory, settings)
+                table.row([str(value), *_cells(measured, case.T)])
+                yield {"axis": axis, "value": value, "mode": mode, **measured}
 
 
 def _columns(axis: str, with_memory: bool) -> list[Column]:
@@ -77,35 +78,31 @@ def _measure(
     case: Case, mode: str, effort: Effort, with_memory: bool, settings: Settings
 ) -> dict[str, object]:
     w = Workload(case, settings)
-    contenders = {"nn.LSTM": official(w), "ManualLSTM": ours(w)}
-    check(*(answer(contenders[who], mode) for who in ("ManualLSTM", "nn.LSTM")))
+    contenders = {"nn.LSTM": official_contender(w), "ManualLSTM": our_contender(w)}
+    check_answer(*(run_once(contenders[who], mode) for who in ("ManualLSTM", "nn.LSTM")))
 
-    def runner(who: str) -> Runner:
-        contender = contenders[who]
-        return Runner(contender.step(mode), lambda: contender.during(mode))
-
-    runners = {who: runner(who) for who in contenders}
+    runners = {who: contender.runner(mode) for who, contender in contenders.items()}
     seconds = interleave(runners, effort, settings.threads, settings.device)
-    peaks = memory.peaks(case, mode, settings) if with_memory else {}
+    peaks = memory.measure_peaks(case, mode, settings) if with_memory else {}
     return {
         "case": str(case),
         "seconds": seconds,
-        "ratio": ratio(seconds, "ManualLSTM", "nn.LSTM"),
+        "ratio": median_ratio(seconds, "ManualLSTM", "nn.LSTM"),
         "bytes": peaks,
     }
 
 
-def _cells(found: dict[str, object], steps: int) -> list[str]:
-    seconds, peaks = found["seconds"], found["bytes"]
+def _cells(measured: dict[str, object], steps: int) -> list[str]:
+    seconds, peaks = measured["seconds"], measured["bytes"]
     assert isinstance(seconds, dict)
     assert isinstance(peaks, dict)
     middle = [statistics.median(values) for values in seconds.values()]
-    cells = [figure(value * 1e3) for value in middle]
-    assert isinstance(found["ratio"], float)
-    cells.append(times(found["ratio"]))
-    cells += [figure(value / steps * 1e6) for value in middle]
+    cells = [format_number(value * 1e3) for value in middle]
+    assert isinstance(measured["ratio"], float)
+    cells.append(format_ratio(measured["ratio"]))
+    cells += [format_number(value / steps * 1e6) for value in middle]
     if peaks:
-        cells += [megabytes(peaks["nn.LSTM"]), megabytes(peaks["ManualLSTM"])]
-        cells.append(times(memory.quotient(peaks)))
-        cells += [figure(None if p is None else p / steps / 1e3) for p in peaks.values()]
+        cells += [format_megabytes(peaks["nn.LSTM"]), format_megabytes(peaks["ManualLSTM"])]
+        cells.append(format_ratio(memory.memory_ratio(peaks)))
+        cells += [format_number(None if p is None else p / steps / 1e3) for p in peaks.values()]
     return cells

@@ -1,8 +1,7 @@
-"""The main table: everybody's time at every shape as a multiple of nn.LSTM's, and peak memory."""
+"""The main table: each contender's time as a multiple of nn.LSTM's, and peak memory."""
 
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from benchmarks import memory
@@ -10,20 +9,20 @@ from benchmarks.cases import Case, Group
 from benchmarks.contenders import (
     PEERS,
     Answer,
-    Contender,
     WrongError,
-    answer,
-    check,
-    official,
-    ours,
+    check_answer,
+    official_contender,
+    our_contender,
+    run_once,
 )
-from benchmarks.floor import floor
-from benchmarks.table import Column, Table, figure, times
-from benchmarks.timing import Effort, Runner, interleave, ratio, spread
+from benchmarks.floor import floor_loop
+from benchmarks.table import Column, Table, format_number, format_ratio
+from benchmarks.timing import Effort, Runner, interleave, median_ratio, ratio_spread
 from benchmarks.workload import Settings, Workload
 
 NN, OURS, FLOOR = "nn.LSTM", "ManualLSTM", "floor"
-SLOW = 20  # who takes so many times as long, and a quarter of a second, is called once
+# A contender that takes so many times as long as nn.LSTM, and over a quarter of a second, runs once.
+SLOW = 20
 TITLES = {
     "inference": "INFERENCE: forward, under no_grad",
     "training": "TRAINING: forward and backward of output.sum()",
@@ -42,14 +41,14 @@ class Plan:
 
 
 @dataclass
-class Row:
+class Measurement:
     """What was measured for a case in a mode.
 
     Attributes:
-        seconds: everybody's seconds of a call, for every round.
-        bytes: nn.LSTM's and our peak memory.
-        floor: the ways chosen for the floor's products.
-        wrong: who was not timed, and why.
+        seconds: the seconds of a call in each round, by contender.
+        bytes: the peak memory of nn.LSTM and ManualLSTM.
+        floor: the ways that were chosen for the products of the floor.
+        wrong: the contenders that were not timed, and why.
     """
 
     group: str
@@ -63,11 +62,11 @@ class Row:
     def ratio(self, name: str, base: str = NN) -> float | None:
         if name not in self.seconds or base not in self.seconds:
             return None
-        return ratio(self.seconds, name, base)
+        return median_ratio(self.seconds, name, base)
 
     def ratios(self) -> dict[str, float]:
-        found = {name: self.ratio(name) for name in self.seconds if name != NN}
-        return {name: value for name, value in found.items() if value is not None}
+        ratios = {name: self.ratio(name) for name in self.seconds if name != NN}
+        return {name: value for name, value in ratios.items() if value is not None}
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -75,7 +74,7 @@ class Row:
             "mode": self.mode,
             "case": str(self.case),
             "ratios": self.ratios(),
-            "spreads": {n: spread(self.seconds, n, NN) for n in self.seconds if n != NN},
+            "spreads": {n: ratio_spread(self.seconds, n, NN) for n in self.seconds if n != NN},
             "ours_to_floor": self.ratio(OURS, FLOOR),
             "floor": self.floor,
             "bytes": self.bytes,
@@ -84,21 +83,21 @@ class Row:
         }
 
 
-def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Row:
-    """Check everybody, then time all who are right in turns."""
-    row = Row(group, mode, case)
+def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -> Measurement:
+    """Check all contenders, then time in turns those whose answers are right."""
+    row = Measurement(group, mode, case)
     w = Workload(case, settings)
-    base = official(w)
-    answer(base, mode)  # the first call makes what later ones find
-    expected = answer(base, mode)
-    runners = {NN: _runner(base, mode)}
+    base = official_contender(w)
+    run_once(base, mode)  # to warm up: the first call is slower than the others
+    expected = run_once(base, mode)
+    runners = {NN: base.runner(mode)}
     for name in (OURS, *plan.peers):
         try:
-            contender = ours(w) if name == OURS else PEERS[name].build(w)
+            contender = our_contender(w) if name == OURS else PEERS[name].build(w)
             if contender is None:
                 continue
-            got = answer(contender, mode)
-            check(got, expected)
+            got = run_once(contender, mode)
+            check_answer(got, expected)
         except WrongError as error:
             row.wrong[name] = str(error)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -107,12 +106,12 @@ def measure(group: str, case: Case, mode: str, plan: Plan, settings: Settings) -
             if name != OURS and _is_slow(got, expected):
                 row.seconds[name] = [got.seconds]
             else:
-                runners[name] = _runner(contender, mode)
-    bare, row.floor = floor(w, mode)
+                runners[name] = contender.runner(mode)
+    bare, row.floor = floor_loop(w, mode)
     runners[FLOOR] = Runner(bare)
     row.seconds |= interleave(runners, plan.effort, settings.threads, settings.device)
     if plan.memory:
-        row.bytes = memory.peaks(case, mode, settings)
+        row.bytes = memory.measure_peaks(case, mode, settings)
     return row
 
 
@@ -120,12 +119,8 @@ def _is_slow(got: Answer, expected: Answer) -> bool:
     return got.seconds > 0.25 and got.seconds > SLOW * expected.seconds
 
 
-def _runner(contender: Contender, mode: str) -> Runner:
-    return Runner(contender.step(mode), lambda: contender.during(mode))
-
-
-def run(plan: Plan, settings: Settings, rows: list[Row]) -> None:
-    """Print the table; every row is appended to ``rows`` as it is done."""
+def print_speed_table(plan: Plan, settings: Settings, rows: list[Measurement]) -> None:
+    """Print the table. Each row is appended to ``rows`` when it is measured."""
     _legend(plan)
     for mode in plan.modes:
         print(f"\n{TITLES[mode]}")
@@ -151,7 +146,9 @@ def _legend(plan: Plan) -> None:
     if plan.memory:
         print("  peak MB     memory of one call above the model and input: nn.LSTM's, ours, ratio")
     if plan.peers:
-        print("A dash: it cannot do this. Who is over 20 times slower is called once, others often.")
+        print(
+            "A dash: not supported. A contender over 20 times slower runs once, the others many times."
+        )
 
 
 def _columns(plan: Plan) -> list[Column]:
@@ -168,49 +165,53 @@ def _columns(plan: Plan) -> list[Column]:
     return columns
 
 
-def _cells(row: Row, plan: Plan) -> list[str]:
+def _cells(row: Measurement, plan: Plan) -> list[str]:
     middle = statistics.median(row.seconds[NN]) * 1e3
-    found = [row.case.shape, figure(middle)]
+    cells = [row.case.shape, format_number(middle)]
     if OURS in row.seconds:
-        found += [times(row.ratio(OURS)), f"{spread(row.seconds, OURS, NN):.2f}"]
+        cells += [format_ratio(row.ratio(OURS)), f"{ratio_spread(row.seconds, OURS, NN):.2f}"]
     else:
-        found += ["wrong", "-"]
-    found.append(times(row.ratio(OURS, FLOOR)))
-    found += ["wrong" if name in row.wrong else times(row.ratio(name)) for name in plan.peers]
-    return found + (memory.cells(row.bytes) if plan.memory else [])
+        cells += ["wrong", "-"]
+    cells.append(format_ratio(row.ratio(OURS, FLOOR)))
+    cells += ["wrong" if name in row.wrong else format_ratio(row.ratio(name)) for name in plan.peers]
+    return cells + (memory.memory_cells(row.bytes) if plan.memory else [])
 
 
-def means(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Geometric means of the ratios, by group and name, for everybody who did all of a group."""
-    groups: dict[str, list[Row]] = {}
-    everything: list[Row] = []
+def geometric_means(rows: list[Measurement]) -> dict[str, dict[str, float]]:
+    """Return geometric means of the ratios, by group and contender.
+
+    A contender has a mean for a group if it did all cases of the group. ``"all"`` is the mean over
+    all groups, where there are several.
+    """
+    groups: dict[str, list[Measurement]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
-        everything.append(row)
     if len(groups) > 1:
-        groups["all"] = everything
-    found: dict[str, dict[str, float]] = {}
+        groups["all"] = rows
+    means: dict[str, dict[str, float]] = {}
     for group, members in groups.items():
         if len(members) > 1:
             ratios = [row.ratios() for row in members]
-            names = [name for name in ratios[0] if all(name in each for each in ratios)]
-            found[group] = {name: _geometric([each[name] for each in ratios]) for name in names}
+            names = [name for name in ratios[0] if all(name in row_ratios for row_ratios in ratios)]
+            means[group] = {
+                name: _geometric_mean([row_ratios[name] for row_ratios in ratios]) for name in names
+            }
             over_floor = [row.ratio(OURS, FLOOR) for row in members]
-            known = [value for value in over_floor if value is not None]
-            if len(known) == len(members):
-                found[group]["/floor"] = _geometric(known)
-    return found
+            measured = [value for value in over_floor if value is not None]
+            if len(measured) == len(members):
+                means[group]["/floor"] = _geometric_mean(measured)
+    return means
 
 
-def _geometric(values: list[float]) -> float:
+def _geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _show_means(table: Table, plan: Plan, rows: list[Row]) -> None:
-    found = means(rows)
-    if found:
-        print("  geometric means, of whoever did all of a group")
-    for group, mean in found.items():
+def _show_means(table: Table, plan: Plan, rows: list[Measurement]) -> None:
+    means = geometric_means(rows)
+    if means:
+        print("  geometric means, of the contenders that did all of a group")
+    for group, mean in means.items():
         names = [OURS, "", "/floor", *plan.peers]
-        cells = [times(mean.get(name)) if name else "" for name in names]
+        cells = [format_ratio(mean.get(name)) if name else "" for name in names]
         table.row([group, "", *cells])

@@ -1,4 +1,4 @@
-"""Timing in turns: in every round each contender runs a few milliseconds, so that drift cancels."""
+"""Timing in turns: each round runs every contender for some milliseconds, so that drift cancels."""
 
 import statistics
 import time
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-BURST = 0.005  # seconds of a turn, where one call is shorter
+BURST = 0.005  # seconds of a turn, or longer where one call takes longer
 MOST_ROUNDS = 101
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Something to time: a call, and what to enter around its turns."""
+    """A call to time, and the context of its turns."""
 
     step: Callable[[], object]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -25,14 +25,14 @@ class Runner:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds are added until ``seconds`` are over, but at least ``rounds``."""
+    """How long to measure: for ``seconds``, but at least ``rounds`` rounds."""
 
     seconds: float
     rounds: int
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """The time, after all work queued on the device is done."""
+    """Return a clock that first waits for all work queued on the device."""
     if device.type == "cpu":
         return timeit.default_timer
 
@@ -46,7 +46,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 def interleave(
     runners: dict[str, Runner], effort: Effort, threads: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of a call of each, for every round."""
+    """Return the seconds of a call in each round, by name."""
     now = clock(device)
     timers: dict[str, tuple[Timer, int]] = {}
     for name, runner in runners.items():
@@ -69,13 +69,13 @@ def interleave(
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """The median over the rounds of the ratio within a round."""
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Return the median over the rounds of the ratio within a round."""
     return statistics.median(_ratios(times, name, base))
 
 
-def spread(times: dict[str, list[float]], name: str, base: str) -> float:
-    """The interquartile range of the ratio."""
+def ratio_spread(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Return the interquartile range of the ratio within a round."""
     ratios = _ratios(times, name, base)
     if len(ratios) < 2:
         return 0.0
@@ -86,4 +86,5 @@ def spread(times: dict[str, list[float]], name: str, base: str) -> float:
 def _ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
     if len(times[name]) == len(times[base]):
         return [a / b for a, b in zip(times[name], times[base])]
-    return [a / statistics.median(times[base]) for a in times[name]]  # one that took few turns
+    # A slow contender has fewer rounds than the base, and is compared with its median.
+    return [a / statistics.median(times[base]) for a in times[name]]

@@ -1,4 +1,4 @@
-"""A case made real: an nn.LSTM and its input, the same for all who compete."""
+"""The nn.LSTM and the input of a case, the same for all contenders."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for everything measured in a run."""
+    """The settings of a run, which hold for everything measured in it."""
 
     threads: int
     dtype: torch.dtype = torch.float32
@@ -25,13 +25,13 @@ class Settings:
 
 
 class Workload:
-    """The layer whose weights everybody gets, and the input.
+    """The layer whose weights all contenders get, and the input.
 
     Attributes:
         case: the case.
         lstm: the nn.LSTM.
-        x: the input, ``[T, B, I]`` or packed.
-        sizes: how many sequences have each step.
+        x: the input, ``[T, B, I]``, or packed with data ``[N, I]``.
+        sizes: for each step, how many sequences have it; the sum is N.
     """
 
     def __init__(self, case: Case, settings: Settings) -> None:

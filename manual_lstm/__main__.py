@@ -1,80 +1,92 @@
-"""``python -m manual_lstm``: the notebook's comparison; ``check`` a checkpoint; ``report``."""
+"""``python -m manual_lstm``: compare with nn.LSTM; ``check`` does so for a checkpoint; ``report``."""
 
 import argparse
 import sys
 
-from manual_lstm.check.checkpoint import CheckpointError, find, load, trial
-from manual_lstm.check.parity import show
+from manual_lstm.check.checkpoint import (
+    CheckpointError,
+    FoundLSTM,
+    compare_with_official,
+    find_lstms,
+    load_checkpoint,
+)
+from manual_lstm.check.parity import print_comparison
 
 
-def check(path: str) -> bool:
+def check_file(path: str) -> bool:
     """Print a line for each LSTM in the file; return whether ManualLSTM agrees with nn.LSTM on all."""
-    good = True
+    lstms: list[FoundLSTM | CheckpointError]
     try:
-        found = find(load(path))
-        if not found:
+        lstms = find_lstms(load_checkpoint(path))
+        if not lstms:
             raise CheckpointError("no LSTM in it: no weight_ih_l0 and weight_hh_l0 of one")
     except CheckpointError as error:
-        found = [error]
-    except Exception as error:  # a hostile file's containers may raise anything
-        found = [CheckpointError(f"cannot be read ({type(error).__name__})")]
-    for lstm in found:
+        lstms = [error]
+    except Exception as error:  # the containers of a hostile file may raise anything
+        lstms = [CheckpointError(f"cannot be read ({type(error).__name__})")]
+    all_agree = True
+    for lstm in lstms:
         try:
             if isinstance(lstm, CheckpointError):
                 raise lstm
-            gap, wide_gap, tolerance = trial(lstm)
+            gap, wide_gap, tolerance = compare_with_official(lstm)
         except CheckpointError as error:
-            print(f"{_line(path)}: {_line(str(error))}", file=sys.stderr)
-            good = False
+            print(f"{_printable(path)}: {_printable(str(error))}", file=sys.stderr)
+            all_agree = False
             continue
         within = wide_gap <= tolerance
         finite = all(bool(weight.isfinite().all()) for weight in lstm.weights.values())
-        good = good and within
+        all_agree = all_agree and within
         print(
-            f"{_line(lstm.name) or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
+            f"{_printable(lstm.name) or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
             f"in float64 {wide_gap:.1e}{'' if within else '  DIFFERS'}"
             f"{'' if finite else '  (not all weights are finite)'}"
         )
-    return good
+    return all_agree
 
 
-def _line(text: str) -> str:
-    """Show text from a file on one line, without what would steer a terminal."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def _printable(text: str) -> str:
+    """Put text from a file on one line, with the characters escaped that could control a terminal."""
+    escaped = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     encoding = sys.stdout.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm",
         description="Compare ManualLSTM with nn.LSTM, option by option. Status 0 if all agrees.",
     )
     commands = parser.add_subparsers(dest="command")
-    checking = commands.add_parser(
+    check = commands.add_parser(
         "check",
         help="compare them on the LSTMs of a checkpoint",
         description="Find every LSTM in a checkpoint by its weights and run both layers with them. "
         "Only tensors and plain containers are loaded. Status 0 if all agree.",
     )
-    checking.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
-    reporting = commands.add_parser(
+    check.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
+    report = commands.add_parser(
         "report",
         help="try what else PyTorch offers on both: vmap, compile, export, ...",
         description="Try the rest of PyTorch on nn.LSTM and ManualLSTM, and print what each raises. "
         "Takes minutes. Status 0 if ManualLSTM does all that can be tried here.",
     )
-    reporting.add_argument("--device", default="cpu", help="where the layers are: cpu, cuda, ...")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "check":
-        results = [check(path) for path in arguments.file]  # all of them, whatever the first says
-        return 0 if all(results) else 1
-    if arguments.command == "report":
-        from manual_lstm.report.table import show as report  # loads much that nothing else needs
+    report.add_argument("--device", default="cpu", help="where the layers are: cpu, cuda, ...")
+    return parser
 
-        return 0 if report(arguments.device) else 1
-    return 0 if show() else 1
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "check":
+        agreements = [check_file(path) for path in arguments.file]  # a bad file does not stop the rest
+        return 0 if all(agreements) else 1
+    if arguments.command == "report":
+        # Imported here because it imports compilers, distributed training and more.
+        from manual_lstm.report.table import print_report
+
+        return 0 if print_report(arguments.device) else 1
+    return 0 if print_comparison() else 1
 
 
 if __name__ == "__main__":

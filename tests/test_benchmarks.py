@@ -12,8 +12,16 @@ import torch
 from benchmarks import contenders, memory, per_sample, speed, targets
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Group
-from benchmarks.contenders import PEERS, Contender, Peer, answer, check, official, ours
-from benchmarks.floor import floor
+from benchmarks.contenders import (
+    PEERS,
+    Contender,
+    Peer,
+    check_answer,
+    official_contender,
+    our_contender,
+    run_once,
+)
+from benchmarks.floor import floor_loop
 from benchmarks.timing import Effort
 from benchmarks.workload import MODES, Settings, Workload
 
@@ -40,7 +48,7 @@ def _as_before() -> Any:
 def test_the_main_table_and_its_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(memory, "peak", lambda *arguments: 2e6)
+    monkeypatch.setattr(memory, "measure_peak", lambda *arguments: 2e6)
     file = tmp_path / "figures.json"
     assert main([*TINY, "--json", str(file), "--targets"]) == 0
     printed = capsys.readouterr().out
@@ -65,14 +73,14 @@ def test_the_main_table_and_its_json(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_contender_gives_the_answer_of_nn_lstm(case: Case, mode: str) -> None:
     w = Workload(case, Settings(threads=1, dtype=torch.float64))
-    expected = answer(official(w), mode)
+    expected = run_once(official_contender(w), mode)
     builds = {name: peer.build for name, peer in PEERS.items() if peer.installed()}
-    built = {"ours": ours(w), **{name: build(w) for name, build in builds.items()}}
+    built = {"ours": our_contender(w), **{name: build(w) for name, build in builds.items()}}
     assert sum(contender is not None for contender in built.values()) >= 4
     for contender in built.values():
         if contender is not None:
-            check(answer(contender, mode), expected)
-    step, chosen = floor(w, mode)
+            check_answer(run_once(contender, mode), expected)
+    step, chosen = floor_loop(w, mode)
     step()
     assert len(chosen) >= 2 * case.layers
 
@@ -82,7 +90,7 @@ def test_a_wrong_peer_is_not_timed(
     harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def build(w: Workload) -> Contender:
-        contender = official(w)
+        contender = official_contender(w)
         forward = contender.forward
 
         def wrong(x: Any) -> torch.Tensor:
@@ -110,11 +118,11 @@ def test_a_wrong_peer_is_not_timed(
 
 def test_ours_wrong_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def wrong(w: Workload) -> Contender:
-        contender = official(w)
+        contender = official_contender(w)
         contender.as_official = torch.neg
         return contender
 
-    monkeypatch.setattr(speed, "ours", wrong)
+    monkeypatch.setattr(speed, "our_contender", wrong)
     assert main([*TINY, "--peers", "none", "--mode", "inference", "--no-memory"]) == 1
     assert "ManualLSTM is not timed here: its output differs" in capsys.readouterr().out
 
@@ -184,13 +192,13 @@ def test_memory_finds_what_is_allocated(tmp_path: Path, capsys: Capture) -> None
 def test_memory_that_cannot_be_measured_is_a_dash(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(memory, "peak", lambda *arguments: None)
+    monkeypatch.setattr(memory, "measure_peak", lambda *arguments: None)
     assert main(["memory", "--shapes", "1,1,1,1", "--mode", "training"]) == 0
     assert re.search(r"^1,1,1,1 .* -\s+-\s+-$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(memory, "peak", lambda *arguments: 2e6)
+    monkeypatch.setattr(memory, "measure_peak", lambda *arguments: 2e6)
     file = tmp_path / "scaling.json"
     arguments = ["--T", "2,4", "--layers", "1,2", "--base", "2,2,3,4", "--json", str(file)]
     assert main(["scaling", *arguments, *SHORT]) == 0
@@ -258,7 +266,7 @@ def test_the_notebooks_function_is_left_out_where_its_tiles_do_not_fit() -> None
     notebook = PEERS["notebook"].build
     assert notebook(w) is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "TILES", bytes_of_tiles - 1)
+        patch.setattr(contenders, "MOST_TILE_BYTES", bytes_of_tiles - 1)
         assert notebook(w) is None
 
 
@@ -272,11 +280,11 @@ def test_the_table_of_per_sample_gradients(tmp_path: Path, capsys: Capture) -> N
     file = tmp_path / "figures.json"
     assert main(["per-sample", *TINY, "--json", str(file)]) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert [row["who"] for row in rows] == list(per_sample.WHO)
+    assert [row["who"] for row in rows] == list(per_sample.CONTENDERS)
     assert all(row["gap"] < 1e-5 and row["bytes"] is not None for row in rows)
     assert rows[0]["ratio"] == 1.0
     printed = capsys.readouterr().out
-    assert all(who in printed for who in per_sample.WHO)
+    assert all(who in printed for who in per_sample.CONTENDERS)
 
 
 def test_per_sample_gradients_say_what_is_missing(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, assert_same_layer, cases
-from manual_lstm.testing.comparing import data
 from tests.helpers.layers import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -39,7 +39,7 @@ def test_gradients_from_each_result_alone_and_with_frozen_parameters(case: Case)
         for lstm in (reference, layer):
             lstm.zero_grad(set_to_none=True)
             output, (h_n, c_n) = lstm(case.input(), case.hx())
-            result = (data(output), h_n, c_n)[part]
+            result = (data_of(output), h_n, c_n)[part]
             if not result.requires_grad:
                 continue
             loss = result.square().sum()
@@ -80,7 +80,7 @@ def test_gradcheck_and_gradgradcheck(options: dict[str, Any], packed: bool) -> N
         input = PackedSequence(x, torch.tensor([2, 1, 1])) if packed else x
         weights = dict(zip(names, parameters))
         output, states = torch.func.functional_call(layer, weights, (input, (h_0, c_0)))
-        return (data(output), *states)
+        return (data_of(output), *states)
 
     arguments = (x, h_0, c_0, *parameters)
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)

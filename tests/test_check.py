@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
 from manual_lstm.cell import lstm_cell
-from manual_lstm.check.checkpoint import FoundLSTM, find, load
-from manual_lstm.check.parity import ROWS, compare, twins
+from manual_lstm.check.checkpoint import FoundLSTM, find_lstms, load_checkpoint
+from manual_lstm.check.parity import CONFIGURATIONS, compare_layers, twins
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,7 +29,7 @@ def test_the_comparison_prints_every_row_and_succeeds() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    for row in ROWS:
+    for row in CONFIGURATIONS:
         assert row.label in done.stdout
     assert "weight_hh_l0  [128, 32]" in done.stdout
     assert "All within tolerance." in done.stdout
@@ -49,10 +49,10 @@ def test_the_comparison_fails_where_the_layers_differ(
 def test_compare_sees_a_difference_in_one_element() -> None:
     reference, layer = twins(3, 4, dtype=torch.float64)
     x = torch.randn(5, 2, 3, dtype=torch.float64)
-    assert max(compare(reference, layer, x).values()) < 1e-14
+    assert max(compare_layers(reference, layer, x).values()) < 1e-14
     with torch.no_grad():
         layer.all_weights[0][3][7] += 1e-6
-    assert min(compare(reference, layer, x).values()) > 1e-9
+    assert min(compare_layers(reference, layer, x).values()) > 1e-9
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -90,7 +90,7 @@ def test_check_finds_the_lstm(
     assert out.startswith(f"{name or '(top level)'}: {call}")
     assert out.count("\n") == 1
     assert err == ""
-    (found,) = find(load(file))
+    (found,) = find_lstms(load_checkpoint(file))
     assert isinstance(found, FoundLSTM)
     rebuilt = ManualLSTM(**found.options)  # type: ignore[arg-type]
     rebuilt.load_state_dict(found.weights)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
 from manual_lstm.report import compilers
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 from tests.helpers.grids import quick_sample
 from tests.helpers.rows import row_grid, run_row
 
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS, few=("defaults", "all"))
 )
-def test_a_row_on_compilers(row: Row, options: dict[str, Any], packed: bool) -> None:
+def test_a_row_on_compilers(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed))
 
 
@@ -41,7 +41,7 @@ WITH_DROPOUT = {**OPTIONS, "dropout": {"num_layers": 2, "dropout": 0.5}}
     quick_sample(product(WITH_DROPOUT, [False, True]), [("all", True), ("dropout", False)]),
 )
 def test_compiled_without_a_compiler(name: str, packed: bool) -> None:
-    compilers.compiled(Setting(ManualLSTM, WITH_DROPOUT[name], packed), "aot_eager")
+    compilers.check_compile(Setting(ManualLSTM, WITH_DROPOUT[name], packed), "aot_eager")
 
 
 class _Last(nn.Module):
@@ -60,19 +60,19 @@ class _Last(nn.Module):
 def test_compiled_model_has_no_zeros_in_common_with_its_backward(options: dict[str, Any]) -> None:
     """Its backward makes zeros of the initial states' shape, takes those for them and writes there."""
     try:
-        compilers.need_compiler()
-    except Missing as error:
+        compilers.require_compiler()
+    except MissingRequirement as error:
         pytest.skip(str(error))
     setting = Setting(ManualLSTM, options)
     layer, x = setting.layer(), setting.dense()
-    models = _Last(layer), _Last(compilers.eager(setting, layer))
-    with compilers.fresh():
+    models = _Last(layer), _Last(setting.official(layer))
+    with compilers.fresh_compiler():
         values = torch.compile(models[0], fullgraph=True)(x), models[1](x)
         actual, expected = (
             torch.autograd.grad(value.sin().sum(), list(model.parameters()))
             for value, model in zip(values, models)
         )
-        compilers.same(actual, expected)
+        compilers.assert_close(actual, expected)
 
 
 def test_compiled_unbatched() -> None:
@@ -80,10 +80,10 @@ def test_compiled_unbatched() -> None:
     layer = setting.layer()
     x, (h_0, c_0) = setting.dense()[:, 0], setting.hx()
     hx = h_0[:, 0], c_0[:, 0]
-    with compilers.fresh():
+    with compilers.fresh_compiler():
         program = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        expected = compilers.both_ways(compilers.eager(setting, layer), x, hx)
-        compilers.same(compilers.both_ways(program, x, hx), expected)
+        expected = compilers.results_and_gradients(setting.official(layer), x, hx)
+        compilers.assert_close(compilers.results_and_gradients(program, x, hx), expected)
 
 
 @pytest.mark.parametrize("B", [2, 4])
@@ -92,7 +92,7 @@ def test_compiled_packed_input_refuses_states_of_another_batch(B: int) -> None:
     input = setting.input(6, 3)
     assert isinstance(input, PackedSequence)
     input = PackedSequence(input.data, input.batch_sizes)  # without indices, which would choose rows
-    with compilers.fresh():
+    with compilers.fresh_compiler():
         program = torch.compile(setting.layer(), fullgraph=True, backend="aot_eager")
         program(input, setting.hx(3))
         with pytest.raises(RuntimeError, match=rf"\b3\b.*\b{B}\b"):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, assert_same_layer, cases, check_lstm, lstm_checks
 from manual_lstm.testing.__main__ import load_quantizable
 from manual_lstm.testing.cases import OPTIONS, Factory
-from manual_lstm.testing.comparing import data
 from manual_lstm.testing.conformance import AS_OFFICIAL, DIFFERS, FAILS, LACKS, OK, Check
 from manual_lstm.testing.probes import PROBES
 from tests.helpers.planted import MISTAKES, PlainLSTM, planted
@@ -98,7 +98,7 @@ class _Writes(_Wrapped):
     def around(self, call: Callable[..., Any], input: Any, hx: Any) -> Any:
         output, states = call(input, hx)
         with torch.no_grad():
-            data(input)[-1:].add_(1)
+            data_of(input)[-1:].add_(1)
         return output, states
 
 

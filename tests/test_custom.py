@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from manual_lstm import CellWeights, ManualLSTM, Step
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, cases
-from manual_lstm.testing.comparing import data
 from tests.helpers import equations
 from tests.helpers.changed import every_recipe, make_recipe, stir
 from tests.helpers.equations import Made, gradients, parts, run_case, split
@@ -60,7 +60,7 @@ def test_the_equations_of_the_paper(name: str, case: Case) -> None:
         layer.eval()  # training has a test of its own
     stir(layer)
     input, hx = case.input(), case.hx()
-    x = data(input).clone().requires_grad_()
+    x = data_of(input).clone().requires_grad_()
     input = input._replace(data=x) if isinstance(input, PackedSequence) else x
     if hx is not None:
         hx = hx[0].requires_grad_(), hx[1].requires_grad_()
@@ -114,7 +114,7 @@ def test_no_steps_and_no_sequences(name: str, shape: tuple[int, int, int]) -> No
     output, states = layer(randn(*shape), hx)
     assert output.shape == (*shape[:2], 6)
     torch.testing.assert_close(states, hx, rtol=0, atol=0)  # either way
-    assert [data(part).shape for part in layer.unroll(randn(*shape), hx).c] == 4 * [(*shape[:2], 4)]
+    assert [data_of(part).shape for part in layer.unroll(randn(*shape), hx).c] == 4 * [(*shape[:2], 4)]
 
 
 # Random cells

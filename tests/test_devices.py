@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.cases import DEVICES
-from manual_lstm.testing.comparing import data
 
 
 def _check_placement(case: Case, device: str) -> None:
@@ -35,13 +35,13 @@ def _check_placement(case: Case, device: str) -> None:
             placed = place(input)
         placed_hx = None if hx is None else (place(hx[0]), place(hx[1]))
         actual, actual_states = layer(placed, placed_hx)
-        pairs = zip([data(actual), *actual_states], [data(expected), *expected_states])
+        pairs = zip([data_of(actual), *actual_states], [data_of(expected), *expected_states])
         for ours, theirs in pairs:
             assert ours.device.type == device
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
             assert ours.stride() == theirs.stride() or theirs.numel() == 0
         # And where one of them is elsewhere, the error names both devices.
-        elsewhere = torch.empty(data(placed).shape, dtype=case.dtype, device="cpu")
+        elsewhere = torch.empty(data_of(placed).shape, dtype=case.dtype, device="cpu")
         stray = placed._replace(data=elsewhere) if isinstance(placed, PackedSequence) else elsewhere
         with pytest.raises(RuntimeError, match=f"{device}.*but got input of cpu"):
             layer(stray, placed_hx)

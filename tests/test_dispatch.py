@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from manual_lstm import ManualLSTM
 from manual_lstm.engine.context import may_fuse
-from manual_lstm.report.function import Function, Point, loss, parts
+from manual_lstm.report.function import LayerFunction, Point, loss, results_by_name
 from manual_lstm.report.row import Setting
 from tests.helpers.changed import every_recipe
 from tests.helpers.loops import always_plainly, counted, loops_chosen, runs_fused
@@ -40,7 +40,7 @@ class CalledLayer:
 
     def __init__(self, options: dict[str, Any], packed: bool, eager: bool = False) -> None:
         self.eager = eager  # leave out compilers and tracers
-        self.function = Function(Setting(ManualLSTM, options, packed=packed), T=3)
+        self.function = LayerFunction(Setting(ManualLSTM, options, packed=packed), T=3)
         self.layer = self.function.layer
         self.point = self.function.point
         self.x = self.point["input"]
@@ -49,10 +49,10 @@ class CalledLayer:
         self.weights = self.function.weights
 
     def output(self, x: Tensor) -> Tensor:
-        return parts(*_flat(self.layer(self.function.like(x))))["output"]
+        return results_by_name(*_flat(self.layer(self.function.like(x))))["output"]
 
     def value(self, x: Tensor) -> Tensor:
-        return loss(parts(*_flat(self.layer(self.function.like(x)))))
+        return loss(results_by_name(*_flat(self.layer(self.function.like(x)))))
 
     def of_weights(self, weights: Point, x: Tensor) -> Tensor:
         return loss(self.function({"input": x} | weights))

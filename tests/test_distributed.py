@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
 from manual_lstm.report import distributed
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 from tests.helpers.rows import run_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,25 +28,25 @@ def _params() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "options", "packed"), _params())
-def test_a_row_on_two_processes(row: Row, options: dict[str, Any], packed: bool) -> None:
+def test_a_row_on_two_processes(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed))
 
 
 def _operators(setting: Setting, rank: int, folder: Path) -> dict[str, int]:
     """The operators that the counter knows, and how many flops they took, of a sharded layer."""
-    model = distributed.shard(setting, layer_too=True)
+    model = distributed.shard_model(setting, layer_too=True)
     assert isinstance(model.layer, FSDPModule)
     assert isinstance(model.layer, ManualLSTM)
     with FlopCounterMode(display=False) as counter:
-        model(distributed.batch(setting, 0, distributed.part_of(rank))).backward()
+        model(distributed.draw_batch(setting, 0, distributed.sequences_of(rank))).backward()
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
 def test_a_sharded_layer_takes_the_operator(tmp_path: Path) -> None:
     setting = Setting(ManualLSTM)
     try:
-        found = distributed.on_two(partial(_operators, setting), tmp_path)
-    except Missing as error:
+        found = distributed.run_on_two_processes(partial(_operators, setting), tmp_path)
+    except MissingRequirement as error:
         pytest.skip(str(error))
     assert {"manual_lstm.direction", "manual_lstm.direction_backward"} <= found.keys()
     T, B, H = 5, 2, setting.H
@@ -55,7 +55,7 @@ def test_a_sharded_layer_takes_the_operator(tmp_path: Path) -> None:
 
 def test_a_failure_on_a_process_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^ValueError: by design$"):
-        distributed.on_two(_fail, tmp_path)
+        distributed.run_on_two_processes(_fail, tmp_path)
 
 
 def _fail(rank: int, folder: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from torch import nn
 
 from manual_lstm import ManualLSTM
-from manual_lstm.check.parity import run, twins
+from manual_lstm.check.parity import data_of, forward_and_backward, twins
 from manual_lstm.testing import Case, assert_same_layer, cases
-from manual_lstm.testing.comparing import data, errors, oracle
+from manual_lstm.testing.comparing import oracle, relative_errors
 from tests.helpers.grids import quick_sample
 from tests.helpers.layers import OPTIONS
 
@@ -27,7 +27,7 @@ def _errors_of_both(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     """The distance from a float64 oracle of our results, and of nn.LSTM's."""
     reference, layer = case.pair(ManualLSTM)
     exact = oracle(reference, case)
-    return errors(layer, case, exact), errors(reference, case, exact)
+    return relative_errors(layer, case, exact), relative_errors(reference, case, exact)
 
 
 @given(case=cases(dtypes=NARROW, devices=("cpu",)))
@@ -92,8 +92,11 @@ def test_large_layers_have_at_most_twice_nn_lstms_error(
     input = (
         nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False) if form == "packed" else x
     )
-    oracle = run(copy.deepcopy(reference).double(), input.to(torch.float64), None)
-    theirs, ours = run(reference, input, None), run(layer, input, None)
+    oracle = forward_and_backward(copy.deepcopy(reference).double(), input.to(torch.float64), None)
+    theirs, ours = (
+        forward_and_backward(reference, input, None),
+        forward_and_backward(layer, input, None),
+    )
     for name, exact in oracle.items():
         far = [float((found[name].double() - exact).norm()) for found in (ours, theirs)]
         assert far[0] <= 2 * far[1], (name, far)
@@ -111,10 +114,10 @@ def test_dropout_draws_the_same_numbers_in_every_dtype_and_form() -> None:
             )
             for input in (x, packed):
                 torch.manual_seed(7)
-                expected = data(reference(input)[0])
+                expected = data_of(reference(input)[0])
                 after = torch.rand(1)
                 torch.manual_seed(7)
-                actual = data(layer(input)[0])
+                actual = data_of(layer(input)[0])
                 assert torch.equal(torch.rand(1), after)  # as many numbers drawn
                 tolerance = 4 * torch.finfo(dtype).eps
                 torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
@@ -135,16 +138,16 @@ def test_autocast(
     with torch.autocast("cpu", dtype=autocast), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output, (h_n, c_n) = layer(input)
-        data(output).float().sum().backward()  # type: ignore[no-untyped-call]
+        data_of(output).float().sum().backward()  # type: ignore[no-untyped-call]
         assert all(p.grad is not None and p.grad.dtype == weights for p in layer.parameters())
         try:
             expected, (h, c) = reference(input)
         except RuntimeError:
             assert autocast == torch.float16  # nn.LSTM fails, we work
             if not packed:
-                assert data(output).dtype == h_n.dtype == torch.float16
+                assert data_of(output).dtype == h_n.dtype == torch.float16
                 assert c_n.dtype == torch.float16 or "proj_size" in options
             return
-    assert (data(output).dtype, h_n.dtype, c_n.dtype) == (data(expected).dtype, h.dtype, c.dtype)
+    assert (data_of(output).dtype, h_n.dtype, c_n.dtype) == (data_of(expected).dtype, h.dtype, c.dtype)
     tolerance = 1e-12 if weights == torch.float64 else 4 * torch.finfo(autocast).eps
-    torch.testing.assert_close(data(output), data(expected), rtol=0, atol=tolerance)
+    torch.testing.assert_close(data_of(output), data_of(expected), rtol=0, atol=tolerance)

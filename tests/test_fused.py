@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
-from manual_lstm.check.parity import run, twins
+from manual_lstm.check.parity import forward_and_backward, twins
 from manual_lstm.engine import fused, steps
 from manual_lstm.loop import plain_direction
 from manual_lstm.testing import Case, cases
-from manual_lstm.testing.comparing import assert_close, results
+from manual_lstm.testing.comparing import assert_close, run_case
 from tests.helpers.loops import (
     DIFFERENTIABLE,
     Arguments,
@@ -106,9 +106,9 @@ def test_strides_are_those_that_a_compiled_caller_is_told(packed: bool) -> None:
     )
     given_ = [t.t().contiguous().t() if t is not None and t.dim() == 2 else t for t in tensors]
     for save in (False, True):
-        results = fused.direction(*given_, reverse, save)
-        assert all(part.is_contiguous() for part in results)
-    output, h_n, c_n, *kept = results
+        run_case = fused.direction(*given_, reverse, save)
+        assert all(part.is_contiguous() for part in run_case)
+    output, h_n, c_n, *kept = run_case
     for grads in ((output, h_n.t().contiguous().t(), c_n.t().contiguous().t()), (output, None, None)):
         backward = fused.direction_backward(*grads, *given_, reverse, *kept, [True] * 7)
         assert all(part.is_contiguous() for part in backward)
@@ -254,7 +254,7 @@ def test_the_numbers_do_not_depend_on_the_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(run(layer, x, None))
+            found.append(forward_and_backward(layer, x, None))
     finally:
         torch.set_num_threads(before)
     assert_close(found[0], found[1], 1e-5)
@@ -299,7 +299,7 @@ def test_flops_are_counted() -> None:
 @given(case=cases(large=False, without={"dropout"}))
 def test_the_layer_with_and_without_the_operator(case: Case) -> None:
     layer = case.layer(ManualLSTM)
-    actual = results(layer, case)
+    actual = run_case(layer, case)
     with plainly():
-        expected = results(layer, case)
+        expected = run_case(layer, case)
     assert_close(actual, expected, 1e-12)

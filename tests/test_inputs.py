@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, cases, mistakes
-from manual_lstm.testing.comparing import data
-from manual_lstm.testing.mistakes import x
+from manual_lstm.testing.mistakes import zeros
 from tests.helpers.errors import check_mistake
 from tests.helpers.layers import OPTIONS
 
 # These need a package that nobody needs to test a layer.
 ARRAYS: dict[str, Callable[[nn.Module], Any]] = {
     "an array": lambda m: m(np.zeros((5, 2, 3))),
-    "hx of arrays": lambda m: m(x(5, 2, 3), (np.zeros((1, 2, 4)),) * 2),
+    "hx of arrays": lambda m: m(zeros(5, 2, 3), (np.zeros((1, 2, 4)),) * 2),
 }
 
 
@@ -76,7 +76,7 @@ def test_states_of_another_dtype_are_refused_where_nn_lstm_may_take_them() -> No
     wide = torch.float64
     layer = ManualLSTM(3, 4, dtype=wide)
     with pytest.raises(RuntimeError, match=r"c_0 of torch.float32"):  # nn.LSTM: only for some dtypes
-        layer(x(5, 2, 3, dtype=wide), (x(1, 2, 4, dtype=wide), x(1, 2, 4)))
+        layer(zeros(5, 2, 3, dtype=wide), (zeros(1, 2, 4, dtype=wide), zeros(1, 2, 4)))
 
 
 @given(case=cases(dtypes=(torch.float32, torch.float64, torch.bfloat16), large=False))
@@ -85,7 +85,7 @@ def test_same_form_of_the_output(case: Case) -> None:
     expected, expected_states = reference(case.input(), case.hx())
     actual, actual_states = layer(case.input(), case.hx())
     assert type(actual) is type(expected)
-    pairs = zip([data(actual), *actual_states], [data(expected), *expected_states])
+    pairs = zip([data_of(actual), *actual_states], [data_of(expected), *expected_states])
     for ours, theirs in pairs:
         assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
         assert ours.is_contiguous() or not theirs.is_contiguous()
@@ -105,16 +105,16 @@ def test_a_sequence_of_no_steps(options: dict[str, Any], shape: tuple[int, ...])
     if options.get("batch_first") and len(shape) == 3:
         shape = (shape[1], 0, 4)
     layer = ManualLSTM(4, 5, **options)
-    x = torch.randn(shape)
-    output, (h_n, c_n) = layer(x)
+    zeros = torch.randn(shape)
+    output, (h_n, c_n) = layer(zeros)
     assert output.numel() == 0
-    assert output.shape[:-1] == x.shape[:-1]
+    assert output.shape[:-1] == zeros.shape[:-1]
     assert not h_n.any()
     hx = (torch.randn_like(h_n), torch.randn_like(c_n))
-    output, (h_n, c_n) = layer(x, hx)
+    output, (h_n, c_n) = layer(zeros, hx)
     assert torch.equal(h_n, hx[0])
     assert torch.equal(c_n, hx[1])
     assert hx[0].numel() == 0 or h_n.data_ptr() != hx[0].data_ptr()
     (output.sum() + h_n.sum()).backward()  # a training loop may meet one
     with pytest.raises(RuntimeError):
-        nn.LSTM(4, 5, **options)(x)  # where we go beyond
+        nn.LSTM(4, 5, **options)(zeros)  # where we go beyond

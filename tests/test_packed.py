@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import (
 )
 
 from manual_lstm import ManualLSTM
-from manual_lstm.check.parity import run, twins
+from manual_lstm.check.parity import forward_and_backward, twins
 from manual_lstm.engine import fused
 from manual_lstm.loop import plain_direction
 from manual_lstm.testing import Case, assert_same_layer, cases
@@ -69,14 +69,18 @@ def test_batch_first_means_nothing_to_packed_input(batch_first: bool) -> None:
     reference, layer = twins(3, 4, batch_first=batch_first, dtype=torch.float64)
     x: Tensor = randn(5, 3, 3)
     packed = pack_padded_sequence(x, [2, 5, 1], enforce_sorted=False)
-    assert_close(run(layer, packed, None), run(reference, packed, None), 1e-12)
+    assert_close(
+        forward_and_backward(layer, packed, None), forward_and_backward(reference, packed, None), 1e-12
+    )
 
 
 @pytest.mark.parametrize("sizes", [[2], [2, 1], [2, 2, 1]], ids=str)
 def test_packed_data_with_rows_that_no_step_takes(sizes: list[int]) -> None:
     reference, layer = twins(3, 4, 2, dtype=torch.float64)
     input = PackedSequence(torch.randn(8, 3, dtype=torch.float64), torch.tensor(sizes))
-    assert_close(run(layer, input, None), run(reference, input, None), 1e-12)
+    assert_close(
+        forward_and_backward(layer, input, None), forward_and_backward(reference, input, None), 1e-12
+    )
 
 
 def test_more_data_than_steps_is_an_error() -> None:

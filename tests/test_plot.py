@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from manual_lstm import Unrolled
-from manual_lstm.testing.comparing import data
+from manual_lstm.check.parity import data_of
 from tests.helpers.layers import DEEP, make_layer, randn
 
 
@@ -68,9 +68,9 @@ def test_rows_can_be_chosen_and_are_the_same_in_all_panels() -> None:
     unrolled = make_layer().unroll(randn(9, 2, 3))
     shown = images(unrolled, units=[2, 0])
     for name, image in shown.items():
-        part = data(getattr(unrolled, name.split()[-1])[0])[:, 0].float().detach()
+        part = data_of(getattr(unrolled, name.split()[-1])[0])[:, 0].float().detach()
         np.testing.assert_allclose(image, part.t()[[2, 0]], rtol=1e-6)
-    order = [int(data(unrolled.c[0])[:, 0].abs().argmax(0)[k]) for k in range(4)]
+    order = [int(data_of(unrolled.c[0])[:, 0].abs().argmax(0)[k]) for k in range(4)]
     by_itself = images(unrolled)["cell state c"]
     largest = np.abs(by_itself).argmax(1)
     assert largest.tolist() == sorted(order)

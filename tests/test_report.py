@@ -1,9 +1,11 @@
 """The report's rows, with more options than the report has time for; and that each row can fail."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import re
 from pathlib import Path
 from typing import Any
 
+import Callable
+import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
 from manual_lstm.report import derivatives, nested, table, tools, training, transforms, weights
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 from tests.helpers.loops import plainly
 from tests.helpers.rows import row_grid, run_row
 
@@ -45,7 +47,7 @@ def _random_numbers_as_before() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("row", "options", "packed"), row_grid(ROWS, SETTINGS, few=("defaults", "everything"))
 )
-def test_a_row(row: Row, options: dict[str, Any], packed: bool) -> None:
+def test_a_row(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed=packed))
 
 
@@ -165,7 +167,7 @@ def breaks() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("row", "make"), list(breaks()))
-def test_a_row_sees_what_is_wrong(row: Row, make: type[ManualLSTM]) -> None:
+def test_a_row_sees_what_is_wrong(row: ReportRow, make: type[ManualLSTM]) -> None:
     if row.missing():
         pytest.skip(f"needs {', '.join(row.missing())}")
     with pytest.raises((AssertionError, RuntimeError)):
@@ -175,7 +177,7 @@ def test_a_row_sees_what_is_wrong(row: Row, make: type[ManualLSTM]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_profile_of_the_plain_loop_shows_no_lstm() -> None:
     with plainly(), pytest.raises(AssertionError, match="no LSTM"):
-        tools.profiler(Setting(ManualLSTM))
+        tools.check_profiler(Setting(ManualLSTM))
 
 
 # The table.
@@ -196,31 +198,53 @@ def _only_manual(setting: Setting) -> None:
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [
-        Row("one", _only_manual),
-        Row("longer label", _raise(Missing("a compiler"))),
-        Row("third", _raise(ValueError("no")), needs=("nowhere",)),
-        Row("fourth", lambda setting: _only_manual(setting) if setting.packed else None, packed=True),
+        ReportRow("one", _only_manual),
+        ReportRow("longer label", _raise(MissingRequirement("a compiler"))),
+        ReportRow("third", _raise(ValueError("no")), needs=("nowhere",)),
+        ReportRow(
+            "fourth", lambda setting: _only_manual(setting) if setting.packed else None, packed=True
+        ),
+        ReportRow("fifth", lambda setting: None),
     ]
     monkeypatch.setattr(table, "ROWS", rows)
     assert main(["report"]) == 0
-    printed, errors = capfd.readouterr()
-    assert printed.splitlines()[2:] == [
+    printed, progress = capfd.readouterr()
+    assert printed.splitlines()[1:] == [
+        "",
+        "## What nn.LSTM refuses",
+        "",
+        "|        | ManualLSTM | nn.LSTM |",
+        "|--------|---|---|",
+        "| one    | ✓ | RuntimeError: first \\| line |",
+        "| fourth | ✓ | packed: RuntimeError: packed |",
+        "",
+        "## What both do",
+        "",
+        "|       | ManualLSTM | nn.LSTM |",
+        "|-------|---|---|",
+        "| fifth | ✓ | ✓ |",
+        "",
+        "## What could not be tried here",
+        "",
         "|              | ManualLSTM | nn.LSTM |",
         "|--------------|---|---|",
-        "| one          | ✓ | RuntimeError: first \\| line |",
         "| longer label | needs a compiler | needs a compiler |",
         "| third        | needs nowhere, not installed | needs nowhere, not installed |",
-        "| fourth       | ✓ | packed: RuntimeError: packed |",
     ]
-    assert errors == ""
+    lines = progress.splitlines()
+    assert len(lines) == len(rows)
+    for number, (row, line) in enumerate(zip(rows, lines), start=1):
+        assert re.fullmatch(rf"row {number} of 5: {row.label} \.\.\. \d+\.\d s", line)
 
 
 def test_a_row_that_fails_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(table, "ROWS", [Row("bad", _raise(ValueError("x" * 200)))])
+    monkeypatch.setattr(table, "ROWS", [ReportRow("bad", _raise(ValueError("x" * 200)))])
     assert main(["report"]) == 1
-    line = capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "## What fails for ManualLSTM" in lines
+    line = lines[-1]
     assert line.startswith("| bad | ValueError: xxx")
     assert line.count("...") == 2
 

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 import manual_lstm.testing
 from manual_lstm import ManualLSTM
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.__main__ import PEERS, check_peer, main
 from manual_lstm.testing.cases import FEATURES, FORMS, LAYOUTS, OPTIONS
-from manual_lstm.testing.comparing import data
 from tests.helpers.planted import planted
 from tests.helpers.search import SEARCH
 
@@ -76,7 +76,7 @@ def test_everything_is_drawn(wanted: str) -> None:
 def test_layouts_are_what_they_say(layout: str, form: str) -> None:
     options = {"input_size": 3, "hidden_size": 4, **OPTIONS}
     case = Case(options, form, [5] if form == "unbatched" else [5, 5, 5], layout, with_hx=True)
-    for tensor in (data(case.input()), *(case.hx() or ())):
+    for tensor in (data_of(case.input()), *(case.hx() or ())):
         one = tensor.size(0) == 1 and layout != "sliced"  # which lies in order however it does
         assert tensor.is_contiguous() == (layout == "contiguous" or one)
 
@@ -114,7 +114,7 @@ def shifted(case: Case, change: Callable[[Any, Any, Any], None]) -> tuple[nn.LST
 
 def add_to(position: int, *place: int) -> Callable[[Any, Any, Any], None]:
     def change(*results: Any) -> None:
-        data(results[position])[place].add_(0.25)
+        data_of(results[position])[place].add_(0.25)
 
     return change
 
@@ -125,7 +125,7 @@ def add_to(position: int, *place: int) -> Callable[[Any, Any, Any], None]:
         ({}, "dense", [5, 5], add_to(0, 3, 1, 2), "output differs first at step 3, sequence 1, feat"),
         ({"batch_first": True}, "dense", [5, 5], add_to(0, 1, 3, 2), "step 3, sequence 1, feature 2"),
         ({}, "unbatched", [5], add_to(0, 3, 2), "output differs first at step 3, feature 2"),
-        # Rows of packed data: lengths 4, 2, 1 are sequences 1, 2, 0; row 4 is step 1's second.
+        # Rows of packed data_of: lengths 4, 2, 1 are sequences 1, 2, 0; row 4 is step 1's second.
         ({}, "packed unsorted", [1, 4, 2], add_to(0, 4, 2), "step 1, sequence 2, feature 2"),
         ({}, "packed by hand", [4, 2, 1], add_to(0, 5, 2), "step 2, sequence 0, feature 2"),
         ({"bidirectional": True}, "dense", [5, 5], add_to(1, 1, 0, 2),

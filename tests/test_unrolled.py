@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manual_lstm import ManualLSTM, Unrolled
+from manual_lstm.check.parity import data_of
 from manual_lstm.testing.cases import Case, cases
-from manual_lstm.testing.comparing import data
 from tests.helpers import equations
 from tests.helpers.equations import gradients, parts, run_case, split
 from tests.helpers.layers import DEEP, FIELDS, fields, make_layer, randn
@@ -36,7 +36,7 @@ def test_the_equations_at_every_step(case: Case) -> None:
     assume(case.lengths)
     layer = ours(case)
     input, hx = case.input(), case.hx()
-    x = data(input).clone().requires_grad_()
+    x = data_of(input).clone().requires_grad_()
     input = input._replace(data=x) if isinstance(input, PackedSequence) else x
     unrolled = layer.unroll(input, hx)
     expected, steps = run_case(layer, equations.lstm, case, input, hx)
@@ -68,7 +68,7 @@ def test_the_same_numbers_as_forward(case: Case) -> None:
             output, states = layer(input, hx)
         actual, expected = (unrolled.output, unrolled.states), (output, states)
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-        for a, b in zip([data(unrolled.output), *unrolled.states], [data(output), *states]):
+        for a, b in zip([data_of(unrolled.output), *unrolled.states], [data_of(output), *states]):
             assert a.stride() == b.stride()
 
 
@@ -85,7 +85,10 @@ def test_layouts(case: Case) -> None:
         assert isinstance(of_directions, tuple)
         assert len(of_directions) == L * D
         for part in of_directions:
-            assert data(part).shape == (*data(unrolled.output).shape[:-1], P if name == "h" else H)
+            assert data_of(part).shape == (
+                *data_of(unrolled.output).shape[:-1],
+                P if name == "h" else H,
+            )
             assert isinstance(part, PackedSequence) == isinstance(unrolled.output, PackedSequence)
             if isinstance(part, PackedSequence) and isinstance(unrolled.output, PackedSequence):
                 assert part[1:] == unrolled.output[1:]
@@ -107,11 +110,11 @@ def test_layouts(case: Case) -> None:
 def test_no_steps_and_no_sequences(shape: tuple[int, int], batch_first: bool) -> None:
     layer = make_layer(batch_first=batch_first, **DEEP)
     unrolled = layer.unroll(randn(*shape, 3))
-    assert [data(part).shape for part in unrolled.m] == [(*shape, 4)] * 4
-    assert [data(part).shape for part in unrolled.h] == [(*shape, 3)] * 4
+    assert [data_of(part).shape for part in unrolled.m] == [(*shape, 4)] * 4
+    assert [data_of(part).shape for part in unrolled.h] == [(*shape, 3)] * 4
     assert unrolled.states[0].shape == (4, shape[0] if batch_first else shape[1], 3)
     unbatched = layer.unroll(randn(0, 3))
-    assert [data(part).shape for part in unbatched.c] == [(0, 4)] * 4
+    assert [data_of(part).shape for part in unbatched.c] == [(0, 4)] * 4
 
 
 def test_m_is_projected_to_h() -> None:
@@ -119,10 +122,10 @@ def test_m_is_projected_to_h() -> None:
     x = pack_sequence([randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)
     unrolled = layer.unroll(x)
     for k, suffix in enumerate(("l0", "l0_reverse", "l1", "l1_reverse")):
-        projected = data(unrolled.m[k]) @ layer.get_parameter(f"weight_hr_{suffix}").t()
-        torch.testing.assert_close(data(unrolled.h[k]), projected, rtol=0, atol=1e-15)
-        by_hand = data(unrolled.o[k]) * data(unrolled.c[k]).tanh()
-        torch.testing.assert_close(data(unrolled.m[k]), by_hand, rtol=0, atol=0)
+        projected = data_of(unrolled.m[k]) @ layer.get_parameter(f"weight_hr_{suffix}").t()
+        torch.testing.assert_close(data_of(unrolled.h[k]), projected, rtol=0, atol=1e-15)
+        by_hand = data_of(unrolled.o[k]) * data_of(unrolled.c[k]).tanh()
+        torch.testing.assert_close(data_of(unrolled.m[k]), by_hand, rtol=0, atol=0)
 
 
 def test_errors_are_those_of_forward() -> None:
@@ -165,7 +168,7 @@ def test_going_on_after_each_step(T: int, form: str, proj_size: int) -> None:
         torch.testing.assert_close(hx, again, rtol=0, atol=0)
         assert [state.shape for state in hx] == [state.shape for state in unrolled.states]
         output, states = layer(x.narrow(dim, t + 1, T - t - 1), hx)
-        expected = data(unrolled.output).narrow(dim, t + 1, T - t - 1)
+        expected = data_of(unrolled.output).narrow(dim, t + 1, T - t - 1)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
         torch.testing.assert_close(states, unrolled.states, rtol=0, atol=1e-14)
     torch.testing.assert_close(unrolled.after(-1), unrolled.states, rtol=0, atol=0)
@@ -215,7 +218,7 @@ def test_gradients_through_each_field(name: str, packed: bool) -> None:
             self.layer = layer
 
         def forward(self, x: Any, hx: Any) -> tuple[Tensor, ...]:
-            return tuple(data(part) for part in getattr(self.layer.unroll(x, hx), name))
+            return tuple(data_of(part) for part in getattr(self.layer.unroll(x, hx), name))
 
     opened = Opened()
 
@@ -236,7 +239,7 @@ def test_a_penalty_on_a_gate_trains_the_layer() -> None:
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
 
     def mean() -> Tensor:
-        return torch.stack([data(f).mean() for f in layer.unroll(x).f]).mean()
+        return torch.stack([data_of(f).mean() for f in layer.unroll(x).f]).mean()
 
     before = mean().item()
     for _ in range(60):
@@ -257,7 +260,7 @@ def test_integrated_gradients_of_one_gate_are_complete() -> None:
     for layer_and_direction, t, unit in ((2, 3, 1), (3, 0, 2)):
 
         def gate(x: Tensor) -> Tensor:
-            return data(layer.unroll(x).f[layer_and_direction])[t, ..., unit]  # noqa: B023
+            return data_of(layer.unroll(x).f[layer_and_direction])[t, ..., unit]  # noqa: B023
 
         (gradient,) = torch.autograd.grad(gate(path).sum(), path)
         attributions = x * (gradient * torch.from_numpy(weights / 2).view(1, -1, 1)).sum(1)
@@ -321,7 +324,7 @@ def test_vmap_and_gradients_of_each_sample() -> None:
             self.layer = layer
 
         def forward(self, x: Tensor) -> Tensor:
-            squares = [data(f).square().sum() for f in self.layer.unroll(x).f]
+            squares = [data_of(f).square().sum() for f in self.layer.unroll(x).f]
             return torch.stack(squares).sum()
 
     openness = Openness()
@@ -379,11 +382,11 @@ def test_autocast(packed: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         unrolled = layer.unroll(x)
         output, (h_n, c_n) = layer(x)
-    assert data(unrolled.output).dtype == data(output).dtype
+    assert data_of(unrolled.output).dtype == data_of(output).dtype
     assert [state.dtype for state in unrolled.states] == [h_n.dtype, c_n.dtype]
     for name in FIELDS:
-        dtype = c_n.dtype if name == "c" else data(output).dtype
-        assert {data(part).dtype for part in getattr(unrolled, name)} == {dtype}
+        dtype = c_n.dtype if name == "c" else data_of(output).dtype
+        assert {data_of(part).dtype for part in getattr(unrolled, name)} == {dtype}
     low = layer.bfloat16().unroll(x.to(torch.bfloat16))
     torch.testing.assert_close(
         [part.bfloat16() for part in fields(unrolled)], fields(low), rtol=0, atol=0

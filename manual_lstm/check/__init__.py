@@ -1,1 +1,1 @@
-"""Compare the LSTMs of checkpoints with nn.LSTM: `python -m manual_lstm check`."""
+"""Compare ManualLSTM with nn.LSTM: option by option, and on the LSTMs of a checkpoint."""

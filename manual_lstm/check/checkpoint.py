@@ -1,6 +1,6 @@
-"""Finding the LSTMs in a checkpoint by their weights, and trying ManualLSTM on them.
+"""Find the LSTMs in a checkpoint by their weights, and compare ManualLSTM with nn.LSTM on them.
 
-Checkpoints are not trusted: only tensors and plain containers are unpickled, never objects.
+Checkpoints are not trusted. Only tensors and plain containers are unpickled, never other objects.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manual_lstm.check.parity import compare, difference, run
+from manual_lstm.check.parity import compare_layers, forward_and_backward, largest_difference
 from manual_lstm.module import ManualLSTM
 
 _WEIGHT = re.compile(
@@ -30,7 +30,7 @@ _FLOATING = {
 
 
 class CheckpointError(Exception):
-    """A file that cannot be read, or an LSTM in it that is not whole. The message is one line."""
+    """A file cannot be read, or an LSTM in it is incomplete. The message is one line."""
 
 
 @dataclass
@@ -38,10 +38,10 @@ class FoundLSTM:
     """An LSTM found in a checkpoint.
 
     Attributes:
-        name: the path to its weights, without the last dot; empty at the top level.
+        name: the path to its weights, such as ``"encoder.rnn"``; empty at the top level.
         weights: its state dict.
-        options: the constructor's arguments but ``batch_first`` and ``dropout``, which leave no
-            trace in a checkpoint.
+        options: the constructor's arguments, without ``batch_first`` and ``dropout``: no weight
+            depends on them.
     """
 
     name: str
@@ -54,8 +54,8 @@ class FoundLSTM:
         return call if dtype == torch.float32 else f"{call[:-1]}, dtype={dtype})"
 
 
-def load(path: str | Path) -> object:
-    """Load a file saved by torch.save, or a ``.safetensors`` file, on CPU and without its objects.
+def load_checkpoint(path: str | Path) -> object:
+    """Load a file saved by torch.save, or a ``.safetensors`` file, onto the CPU.
 
     Raises:
         CheckpointError: the file cannot be read, or holds more than tensors and plain containers.
@@ -71,7 +71,7 @@ def load(path: str | Path) -> object:
         raise
     except OSError as error:
         raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
-    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+    except Exception as error:  # a broken or hostile file may make the readers raise anything
         raise CheckpointError(_reason(path, error)) from None
 
 
@@ -84,7 +84,7 @@ def _load_safetensors(path: Path) -> object:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Tell in one line why the file was not read."""
+    """Say in one line why the file was not read."""
     text = str(error)
     refused = re.search(r"GLOBAL\s+([\w.]+)", text)
     if "TorchScript" in text:
@@ -96,39 +96,41 @@ def _reason(path: Path, error: Exception) -> str:
         )
     if path.stat().st_size == 0:
         return "is empty"
-    inner = re.search(
-        r"WeightsUnpickler error:\s+(.*)", text
-    )  # torch.load's advice around it is not ours
+    # torch.load wraps the reason in advice on how to load the file unsafely. Only the reason is shown.
+    inner = re.search(r"WeightsUnpickler error:\s+(.*)", text)
     text = inner[1] if inner else text
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return f"is not a checkpoint, or is damaged ({type(error).__name__}: {first[:120]})"
 
 
-def find(checkpoint: object) -> list[FoundLSTM | CheckpointError]:
-    """Find every LSTM in nested dicts, lists and tuples, in their order there.
+def find_lstms(checkpoint: object) -> list[FoundLSTM | CheckpointError]:
+    """Find every LSTM in nested dicts, lists and tuples, in the order of the file.
 
-    GRUs and plain RNNs, whose weights have the same names but fewer rows, are passed over. Where an
-    LSTM lacks a weight, or one has a shape or dtype that does not fit, an error stands in its place.
+    GRUs and plain RNNs are skipped: their weights have the same names, but fewer rows. Where an LSTM
+    lacks a weight, or a weight has the wrong shape or dtype, an error stands in its place.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for path, tensor in _tensors(checkpoint):
         match = _WEIGHT.fullmatch(path)
         if match:
             groups.setdefault((match[1] or "")[:-1], {})[match[2]] = tensor
-    found: list[FoundLSTM | CheckpointError] = []
+    lstms: list[FoundLSTM | CheckpointError] = []
     for name, weights in groups.items():
         try:
             if not _is_other_rnn(weights):
-                found.append(FoundLSTM(name, weights, _infer(name, weights)))
+                lstms.append(FoundLSTM(name, weights, _infer_options(name, weights)))
         except CheckpointError as error:
-            found.append(error)
-        except Exception as error:  # a hostile file's tensors may raise anything, anywhere
-            found.append(CheckpointError(f"LSTM '{name}': cannot be read ({type(error).__name__})"))
-    return found
+            lstms.append(error)
+        except Exception as error:  # a hostile file's tensors may raise anything at any use
+            lstms.append(CheckpointError(f"LSTM '{name}': cannot be read ({type(error).__name__})"))
+    return lstms
 
 
 def _tensors(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its dotted path, without recursion: a file may nest deeply, or hold itself."""
+    """Yield every tensor with its dotted path.
+
+    A loop, not a recursion: the containers of a file may nest very deeply, or contain themselves.
+    """
     seen: set[int] = set()
     waiting: list[tuple[str, object]] = [("", checkpoint)]
     while waiting:
@@ -148,7 +150,7 @@ def _tensors(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_other_rnn(weights: dict[str, Tensor]) -> bool:
-    """Whether these are a GRU's weights, of 3H rows, or a plain RNN's, of H rows."""
+    """Return whether these are a GRU's weights, of 3H rows, or a plain RNN's, of H rows."""
     weight_ih, weight_hh = weights.get("weight_ih_l0"), weights.get("weight_hh_l0")
     if weight_ih is None or weight_hh is None or weight_ih.dim() != 2 or weight_hh.dim() != 2:
         return False
@@ -156,16 +158,14 @@ def _is_other_rnn(weights: dict[str, Tensor]) -> bool:
     return "weight_hr_l0" not in weights and weight_ih.size(0) == rows and rows in (H, 3 * H)
 
 
-def _infer(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torch.dtype]:
+def _infer_options(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torch.dtype]:
     """Infer the constructor's arguments, and check every weight against them."""
     where = f"LSTM '{name}'" if name else "LSTM"
-    for wanted in ("weight_ih_l0", "weight_hh_l0"):
-        if wanted not in weights:
-            raise CheckpointError(f"{where}: missing {wanted}")
-        if weights[wanted].dim() != 2:
-            raise CheckpointError(
-                f"{where}: {wanted} should be 2-D, but is {list(weights[wanted].shape)}"
-            )
+    for key in ("weight_ih_l0", "weight_hh_l0"):
+        if key not in weights:
+            raise CheckpointError(f"{where}: missing {key}")
+        if weights[key].dim() != 2:
+            raise CheckpointError(f"{where}: {key} should be 2-D, but is {list(weights[key].shape)}")
     dtype = weights["weight_ih_l0"].dtype
     for key, tensor in weights.items():
         if tensor.is_meta:
@@ -176,7 +176,7 @@ def _infer(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torc
                 f"{where}: {key} should be {expected}, but is {tensor.layout} {tensor.dtype}"
             )
 
-    rows, columns = weights["weight_hh_l0"].shape
+    rows, columns = weights["weight_hh_l0"].shape  # [4H, P or H]
     options: dict[str, int | bool | torch.dtype] = {
         "input_size": weights["weight_ih_l0"].size(1),
         "hidden_size": rows // 4,
@@ -204,46 +204,49 @@ def _infer(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torc
     return options
 
 
-def trial(found: FoundLSTM) -> tuple[float, float, float]:
-    """Load the weights into nn.LSTM and ManualLSTM, each also through the other, and run both.
+def compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
+    """Load the weights into nn.LSTM and ManualLSTM, each also by way of the other, and run both.
 
     Returns:
-        The largest difference of outputs, states and gradients in the checkpoint's dtype, and in
-        float64 (complex128); and the tolerance for the latter: 1e-9, or where the weights make
-        more of the input's last bits, a hundred times what these do to nn.LSTM itself.
+        Three numbers: the largest difference of outputs, states and gradients in the checkpoint's
+        dtype; the same in float64 (complex128 for complex weights); and the tolerance for the
+        second. The tolerance is 1e-9, or a hundred times what a change in the last bits of the input
+        does to nn.LSTM itself, whichever is larger: some weights amplify such changes.
 
     Raises:
-        CheckpointError: the weights did not come through unchanged, or a layer could not be run.
+        CheckpointError: a weight was changed by ``state_dict`` and ``load_state_dict``, or a layer
+            could not be run.
     """
     try:
-        return _trial(found)
+        return _compare_with_official(lstm)
     except CheckpointError:
         raise
-    except Exception as error:  # too large for this machine, for one
+    except Exception as error:  # such as a lack of memory
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"LSTM '{found.name}' could not be run: {reason}") from None
+        raise CheckpointError(f"LSTM '{lstm.name}' could not be run: {reason}") from None
 
 
-def _trial(found: FoundLSTM) -> tuple[float, float, float]:
+def _compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
     torch.manual_seed(0)
-    dtype = found.options["dtype"]
+    dtype = lstm.options["dtype"]
     assert isinstance(dtype, torch.dtype)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    reference = nn.LSTM(**found.options)
-    layer = ManualLSTM(**found.options)  # type: ignore[arg-type]
-    reference.load_state_dict(found.weights)
+    reference = nn.LSTM(**lstm.options)
+    layer = ManualLSTM(**lstm.options)  # type: ignore[arg-type]
+    reference.load_state_dict(lstm.weights)
     layer.load_state_dict(reference.state_dict())
     reference.load_state_dict(layer.state_dict())
-    for key, weight in found.weights.items():
-        if any(difference(weight, lstm.state_dict()[key]) for lstm in (reference, layer)):
-            raise CheckpointError(f"LSTM '{found.name}': {key} changed on its way through state_dict")
+    for key, weight in lstm.weights.items():
+        if any(largest_difference(weight, each.state_dict()[key]) for each in (reference, layer)):
+            raise CheckpointError(f"LSTM '{lstm.name}': {key} changed on its way through state_dict")
 
-    input = torch.randn(8, 3, reference.input_size, dtype=wide).to(dtype)
+    input = torch.randn(8, 3, reference.input_size, dtype=wide).to(dtype)  # [T, B, I]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nn.LSTM's, of projections and of complex numbers
-        narrow_gap = max(compare(reference, layer, input).values())
+        warnings.simplefilter("ignore")  # nn.LSTM warns of projections and of complex numbers
+        narrow_gap = max(compare_layers(reference, layer, input).values())
         input = input.to(wide)
-        wide_gap = max(compare(reference.to(wide), layer.to(wide), input).values())
-        still, moved = run(reference, input, None), run(reference, input * (1 + 1e-15), None)
-        own_gap = max(difference(still[name], moved[name]) for name in still)
+        wide_gap = max(compare_layers(reference.to(wide), layer.to(wide), input).values())
+        expected = forward_and_backward(reference, input, None)
+        moved = forward_and_backward(reference, input * (1 + 1e-15), None)
+        own_gap = max(largest_difference(expected[name], moved[name]) for name in expected)
     return narrow_gap, wide_gap, max(1e-9, 100 * own_gap)

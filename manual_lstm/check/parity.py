@@ -1,4 +1,4 @@
-"""ManualLSTM beside nn.LSTM: the same weights, the same input, and how far apart they come out."""
+"""Compare ManualLSTM with nn.LSTM: the same weights and input, and how far the results differ."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,54 +13,58 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
 
-LSTM = nn.LSTM | ManualLSTM
+EitherLSTM = nn.LSTM | ManualLSTM
 PARTS = ("output", "h_n", "c_n", "gradient")
 
 
-def run(
+def data_of(x: Tensor | PackedSequence) -> Tensor:
+    """Return a tensor as it is, or the data of a packed sequence."""
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def ramp(like: Tensor) -> Tensor:
+    """Return numbers that rise from 0.5 to 1.5, in the shape, dtype and device of ``like``."""
+    return torch.linspace(0.5, 1.5, like.numel()).reshape(like.shape).to(like)
+
+
+def forward_and_backward(
     layer: nn.Module, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
 ) -> dict[str, Tensor]:
     """Run ``layer`` forwards and backwards.
 
     Returns:
-        The output (a packed one's data), h_n and c_n, and under ``grad of`` each one's name the
-        gradients of the input, h_0, c_0 and every parameter.
+        The output (of packed output, the data), h_n and c_n by these names, and the gradients of the
+        input, h_0, c_0 and every parameter by ``"grad of "`` and the tensor's name.
     """
-    data = input.data if isinstance(input, PackedSequence) else input
-    data = data.detach().requires_grad_()  # strided as it was
-    wanted: dict[str, Tensor] = {"input": data}
+    # detach() keeps the strides, which a layer must accept as they are.
+    data = data_of(input).detach().requires_grad_()
+    sources: dict[str, Tensor] = {"input": data}
     if hx is not None:
         hx = (hx[0].detach().requires_grad_(), hx[1].detach().requires_grad_())
-        wanted |= {"h_0": hx[0], "c_0": hx[1]}
-    wanted |= dict(layer.named_parameters())
+        sources |= {"h_0": hx[0], "c_0": hx[1]}
+    sources |= dict(layer.named_parameters())
 
     output, (h_n, c_n) = layer(
         input._replace(data=data) if isinstance(input, PackedSequence) else data, hx
     )
-    results = {
-        "output": output.data if isinstance(output, PackedSequence) else output,
-        "h_n": h_n,
-        "c_n": c_n,
-    }
-    # Every element with a weight of its own, so that no mistake can cancel out.
-    # Smooth: an absolute value of a sum near zero would turn gradients round in low precision.
-    parts = [part * _ramp(part) for part in results.values()]
+    results = {"output": data_of(output), "h_n": h_n, "c_n": c_n}
+    # Each element has its own weight in the loss, so that two mistakes cannot cancel each other.
+    # The loss is smooth: with an absolute value, a sum near zero could change its sign in low
+    # precision, and with it every gradient.
+    parts = [part * ramp(part) for part in results.values()]
     loss = sum((part.real + part.imag if part.is_complex() else part).sum() for part in parts)
     assert isinstance(loss, Tensor)
-    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    for name, tensor, gradient in zip(wanted, wanted.values(), gradients):
+    gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    for name, tensor, gradient in zip(sources, sources.values(), gradients):
         results[f"grad of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
     return {name: result.detach() for name, result in results.items()}
 
 
-def _ramp(like: Tensor) -> Tensor:
-    return torch.linspace(0.5, 1.5, like.numel()).reshape(like.shape).to(like)
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference between elements, divided by the largest of ``a`` if above one.
 
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors' elements, measured by ``a``'s largest if above one.
-
-    Infinite where the two cannot be compared; equal infinities and NaNs do not differ.
+    The difference is infinite where shapes or dtypes differ. Equal infinities and two NaNs count as
+    equal.
     """
     a, b = a.detach(), b.detach()
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -75,35 +79,35 @@ def difference(a: Tensor, b: Tensor) -> float:
     return largest / max(1.0, scale)
 
 
-def compare(
-    reference: LSTM,
-    layer: LSTM,
+def compare_layers(
+    reference: EitherLSTM,
+    layer: EitherLSTM,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Run both layers on the same input, and return the largest difference of each part."""
+    """Run both layers on the same input, and return the largest difference of each of ``PARTS``."""
     torch.manual_seed(seed)  # for dropout
-    expected = run(reference, input, hx)
+    expected = forward_and_backward(reference, input, hx)
     torch.manual_seed(seed)
-    actual = run(layer, input, hx)
+    actual = forward_and_backward(layer, input, hx)
     gaps = {part: 0.0 for part in PARTS}
     for name in expected:
         part = "gradient" if name.startswith("grad of ") else name
-        gaps[part] = max(gaps[part], difference(expected[name], actual[name]))
+        gaps[part] = max(gaps[part], largest_difference(expected[name], actual[name]))
     return gaps
 
 
 def twins(*args: Any, **kwargs: Any) -> tuple[nn.LSTM, ManualLSTM]:
-    """An nn.LSTM and a ManualLSTM with its weights."""
+    """Make an nn.LSTM, and a ManualLSTM with the same arguments and weights."""
     reference, layer = nn.LSTM(*args, **kwargs), ManualLSTM(*args, **kwargs)
     layer.load_state_dict(reference.state_dict())
     return reference, layer
 
 
 @dataclass
-class Row:
-    """One line of the table: a configuration and an input for it."""
+class Configuration:
+    """What one line of the table compares: the layers' options, and an input for them."""
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -121,63 +125,64 @@ def _packed(*lengths: int, enforce_sorted: bool) -> Callable[[torch.dtype], Pack
     )
 
 
-_EVERYTHING: dict[str, Any] = {
+_EVERY_OPTION: dict[str, Any] = {
     "num_layers": 3,
     "bidirectional": True,
     "proj_size": 7,
     "batch_first": True,
     "dropout": 0.3,
 }
-ROWS = [
-    Row("defaults"),
-    Row("hx given", with_hx=True),
-    Row("bias=False", {"bias": False}),
-    Row("num_layers=3", {"num_layers": 3}),
-    Row("bidirectional=True", {"bidirectional": True}, with_hx=True),
-    Row("proj_size=7", {"proj_size": 7}, with_hx=True),
-    Row("batch_first=True", {"batch_first": True}),
-    Row("dropout=0.5, training", {"num_layers": 2, "dropout": 0.5}),
-    Row("unbatched", input=lambda dtype: torch.randn(12, 10, dtype=dtype), with_hx=True),
-    Row("packed, sorted", input=_packed(9, 6, 6, 1, enforce_sorted=True)),
-    Row("packed, unsorted", input=_packed(3, 9, 1, 6, enforce_sorted=False), with_hx=True),
-    Row("one step", input=lambda dtype: torch.randn(1, 5, 10, dtype=dtype)),
-    Row("batch of 0", input=lambda dtype: torch.randn(12, 0, 10, dtype=dtype)),
-    Row("everything", _EVERYTHING, with_hx=True),
-    Row("everything, packed", _EVERYTHING, _packed(3, 9, 1, 6, enforce_sorted=False), True),
-    Row("float32", dtype=torch.float32),
-    Row("bfloat16", dtype=torch.bfloat16),
-    Row("float16", dtype=torch.float16),
-    Row("complex128", dtype=torch.complex128),
-    Row("autocast to bfloat16", dtype=torch.float32, autocast=torch.bfloat16),
+CONFIGURATIONS = [
+    Configuration("defaults"),
+    Configuration("hx given", with_hx=True),
+    Configuration("bias=False", {"bias": False}),
+    Configuration("num_layers=3", {"num_layers": 3}),
+    Configuration("bidirectional=True", {"bidirectional": True}, with_hx=True),
+    Configuration("proj_size=7", {"proj_size": 7}, with_hx=True),
+    Configuration("batch_first=True", {"batch_first": True}),
+    Configuration("dropout=0.5, training", {"num_layers": 2, "dropout": 0.5}),
+    Configuration("unbatched", input=lambda dtype: torch.randn(12, 10, dtype=dtype), with_hx=True),
+    Configuration("packed, sorted", input=_packed(9, 6, 6, 1, enforce_sorted=True)),
+    Configuration("packed, unsorted", input=_packed(3, 9, 1, 6, enforce_sorted=False), with_hx=True),
+    Configuration("one step", input=lambda dtype: torch.randn(1, 5, 10, dtype=dtype)),
+    Configuration("batch of 0", input=lambda dtype: torch.randn(12, 0, 10, dtype=dtype)),
+    Configuration("everything", _EVERY_OPTION, with_hx=True),
+    Configuration("everything, packed", _EVERY_OPTION, _packed(3, 9, 1, 6, enforce_sorted=False), True),
+    Configuration("float32", dtype=torch.float32),
+    Configuration("bfloat16", dtype=torch.bfloat16),
+    Configuration("float16", dtype=torch.float16),
+    Configuration("complex128", dtype=torch.complex128),
+    Configuration("autocast to bfloat16", dtype=torch.float32, autocast=torch.bfloat16),
 ]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two right answers of this dtype may lie apart in the table's sizes."""
+    """Return how far two correct results of this dtype may differ, at the sizes of the table."""
     if dtype in (torch.float64, torch.complex128):
         return 1e-12
     return 8 * torch.finfo(dtype).eps
 
 
-def table() -> Iterator[tuple[str, dict[str, float], float]]:
-    """Compare the layers for each row; yields its label, the differences and the tolerance."""
-    for row in ROWS:
+def compare_configurations() -> Iterator[tuple[str, dict[str, float], float]]:
+    """Compare the layers in each configuration; yield its label, the differences and the tolerance."""
+    for configuration in CONFIGURATIONS:
         torch.manual_seed(0)
-        reference, layer = twins(10, 16, dtype=row.dtype, **row.options)
-        input, hx = row.input(row.dtype), None
-        if row.with_hx:
+        dtype = configuration.dtype
+        reference, layer = twins(10, 16, dtype=dtype, **configuration.options)
+        input, hx = configuration.input(dtype), None
+        if configuration.with_hx:
             with torch.no_grad():
                 h_n, c_n = layer(input)[1]
                 hx = (torch.randn_like(h_n), torch.randn_like(c_n))
-        low = row.autocast or row.dtype
         context: AbstractContextManager[object] = nullcontext()
-        if row.autocast:
-            context = torch.autocast("cpu", row.autocast)
+        if configuration.autocast:
+            context = torch.autocast("cpu", configuration.autocast)
         with context:
-            yield row.label, compare(reference, layer, input, hx), tolerance(low)
+            gaps = compare_layers(reference, layer, input, hx)
+        yield configuration.label, gaps, tolerance(configuration.autocast or dtype)
 
 
-def show() -> bool:
+def print_comparison() -> bool:
     """Print what the notebook showed, and the table; return whether all is within tolerance."""
     torch.manual_seed(0)
     B, T, I, H = 100, 1, 6, 32
@@ -195,18 +200,18 @@ def show() -> bool:
     for label, tensor in (("nn.LSTM", output), ("ManualLSTM", ours), ("lstm_forward", function)):
         values = "  ".join(f"{value:+.4f}" for value in tensor.flatten()[:6].tolist())
         print(f"  {label:<13}output {list(tensor.shape)}: {values} ...")
-    gap = max(difference(output, ours), difference(output, function))
-    good = gap <= tolerance(torch.float32)
+    gap = max(largest_difference(output, ours), largest_difference(output, function))
+    all_within = gap <= tolerance(torch.float32)
     print(f"\n  largest difference {gap:.1e}\n")
 
     print("Largest difference of ManualLSTM(10, 16, ...) from nn.LSTM(10, 16, ...), in float64\n")
     print(f"  {'':<24}" + "".join(f"{part:<11}" for part in PARTS) + "tolerance")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-        for label, gaps, allowed in table():
+        for label, gaps, allowed in compare_configurations():
             within = all(gap <= allowed for gap in gaps.values())
             cells = "".join(f"{gaps[part]:<11.1e}" for part in PARTS)
             print(f"  {label:<24}{cells}{allowed:.1e}  {'ok' if within else 'DIFFERS'}")
-            good = good and within
-    print("\n" + ("All within tolerance." if good else "Not all within tolerance."))
-    return good
+            all_within = all_within and within
+    print("\n" + ("All within tolerance." if all_within else "Not all within tolerance."))
+    return all_within

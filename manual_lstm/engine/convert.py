@@ -1,7 +1,8 @@
-"""What a layer carries from nn.LSTM to ManualLSTM and back: everything, in the very same objects.
+"""Convert the state of an nn.LSTM into that of a ManualLSTM, and back.
 
-No constructor runs on the way. So no random number is drawn, no argument is judged anew, no warning
-comes again, and what was never a Parameter (a pruned weight, for one) need not become one.
+Everything is kept, as the same objects: parameters, buffers, hooks and extra attributes. No
+constructor runs. So no random number is drawn, no argument is checked again, no warning is repeated,
+and a weight that is not a Parameter (a pruned one, for example) stays as it is.
 """
 
 import copy
@@ -12,45 +13,46 @@ from typing import Any
 import torch
 from torch import nn
 
-# What each class keeps for itself. nn.LSTM: the names of its weights, and the weights once more.
+# Attributes that only one of the classes has. nn.LSTM's are the names of its weights in two forms,
+# and the weights themselves in two lists.
 _MANUAL_ONLY = {"_weight_names", "_own_names", "_sample_hooks"}
 _OFFICIAL_ONLY = {"_all_weights", "_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
 
 
 def manual_state(lstm: nn.LSTM) -> dict[str, Any]:
-    """The ``__dict__`` that makes a ManualLSTM of ``lstm``, with its own containers."""
+    """Return the ``__dict__`` that makes ``lstm`` a ManualLSTM. Lists of its own are new."""
     state = {key: value for key, value in vars(lstm).items() if key not in _OFFICIAL_ONLY}
     state["_weight_names"] = [list(names) for names in lstm._all_weights]
     return state
 
 
 def official_state(layer: Any) -> dict[str, Any]:
-    """The ``__dict__`` that makes an nn.LSTM of a ManualLSTM, with its own containers."""
+    """Return the ``__dict__`` that makes a ManualLSTM an nn.LSTM. Lists of its own are new."""
     state = {key: value for key, value in vars(layer).items() if key not in _MANUAL_ONLY}
     state["_all_weights"] = [list(names) for names in layer._weight_names]
     state["_flat_weights_names"] = [name for names in layer._weight_names for name in names]
     weights = [getattr(layer, name, None) for name in state["_flat_weights_names"]]
     state["_flat_weights"] = weights
-    # This is what torch.load does with a saved layer: nn.LSTM knows what its version needs besides.
+    # torch.load calls __setstate__ for a saved layer: it adds what this version of nn.LSTM needs.
     lstm = nn.LSTM.__new__(nn.LSTM)
     lstm.__setstate__(state)  # type: ignore[no-untyped-call]
-    if _alone(weights):
+    if _have_own_memory(weights):
         lstm.flatten_parameters()  # on CUDA, into one chunk for cuDNN
     return vars(lstm)
 
 
-def _alone(weights: list[Any]) -> bool:
-    """Whether nothing else lies in the weights' memory: no chunk of cuDNN's, nor anybody's buffer."""
+def _have_own_memory(weights: list[Any]) -> bool:
+    """Return whether no weight shares its memory, with cuDNN's flat buffer or anything else."""
     return all(
         type(weight) is nn.Parameter
-        and weight.device.type in ("cpu", "cuda")  # elsewhere there may be no storage to ask for
+        and weight.device.type in ("cpu", "cuda")  # tensors of other devices may have no storage
         and weight.untyped_storage().nbytes() == weight.nbytes
         for weight in weights
     )
 
 
 def settle(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
-    """Give ``layer`` the state of ``old``, which lives on: in containers of its own."""
+    """Give ``layer`` the state of ``old``, and copies of its containers, as ``old`` stays in use."""
     for key in vars(nn.Module()):
         if isinstance(state.get(key), (dict, set)):
             state[key] = copy.copy(state[key])
@@ -63,16 +65,17 @@ def settle(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
 
 
 def resembles(layer: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether ``layer`` is a ``cls`` of any make: also a subclass, compiled or quantized."""
+    """Return whether ``layer`` is a ``cls``, a subclass, or a scripted or quantized version of it."""
     if isinstance(layer, torch.jit.ScriptModule):
-        # __torch__.torch.nn.modules.rnn.___torch_mangle_3.LSTM; others have an LSTM of their own
+        # The name is like __torch__.torch.nn.modules.rnn.___torch_mangle_3.LSTM. All of it is
+        # compared, because other packages have classes named LSTM too.
         compiled = re.sub(r"___torch_mangle_\d+\.", "", layer._c._type().qualified_name())
         return bool(compiled == f"__torch__.{cls.__module__}.{cls.__qualname__}")
     return isinstance(layer, cls) or (cls is nn.LSTM and _is_quantized(layer))
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    # By name: torch.ao is leaving torch for torchao, and a lookup there would warn of it.
+    # By name, because torch.ao is moving to torchao and warns when it is looked up.
     return any(
         base.__name__ == "LSTM" and base.__module__.startswith(("torch.ao.", "torchao."))
         for base in type(layer).__mro__
@@ -80,7 +83,7 @@ def _is_quantized(layer: nn.Module) -> bool:
 
 
 def why_not(layer: nn.Module, cls: type[nn.Module]) -> str | None:
-    """Why ``layer`` cannot be swapped as a ``cls``; None if it can."""
+    """Return why ``layer`` cannot be swapped as a ``cls``, or None if it can."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     if isinstance(layer, torch.jit.ScriptModule):
         return "it is a TorchScript module, compiled already: swap first, then trace"

@@ -1,1 +1,1 @@
-"""What PyTorch can do with a layer: one row a feature, tried live on nn.LSTM and ManualLSTM."""
+"""The report: features of PyTorch, one row each, tried live on nn.LSTM and on ManualLSTM."""

@@ -1,4 +1,4 @@
-"""Training on two processes, beside nn.LSTM on one with the same batches."""
+"""Rows on training on two processes, compared with nn.LSTM on one process and the same batches."""
 
 import os
 import tempfile
@@ -20,15 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.check.parity import data_of
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 
 STEPS = 20
-LENGTHS = (5, 3, 6, 4)  # of a packed batch's sequences; half of them for each process
+LENGTHS = (5, 3, 6, 4)  # of the sequences of a packed batch; each process gets half of them
 R = TypeVar("R")
 
 
-class Model(nn.Module):
-    """A layer and a head, whose output is a loss: a mean over the sequences."""
+class LossModel(nn.Module):
+    """A layer and a head. The output is a loss, a mean over the sequences."""
 
     def __init__(self, layer: nn.Module, setting: Setting, recompute: bool = False) -> None:
         super().__init__()
@@ -44,13 +45,13 @@ class Model(nn.Module):
             output, (h_n, c_n) = checkpoint(self.layer, input, use_reentrant=False)
         else:
             output, (h_n, c_n) = self.layer(input)
-        data = output.data if isinstance(output, PackedSequence) else output
-        values: list[Tensor] = [self.head(data).square().sum(), h_n.sin().sum(), c_n.sin().sum()]
+        scores = self.head(data_of(output))
+        values: list[Tensor] = [scores.square().sum(), h_n.sin().sum(), c_n.sin().sum()]
         return torch.stack(values).sum() / len(h_n[0])
 
 
-def batch(setting: Setting, step: int, part: slice) -> Tensor | PackedSequence:
-    """Some sequences of a step's batch."""
+def draw_batch(setting: Setting, step: int, part: slice) -> Tensor | PackedSequence:
+    """Draw the batch of a step, and return some of its sequences."""
     torch.manual_seed(step)
     if setting.packed:
         sequences = [torch.randn(n, setting.I, dtype=setting.dtype) for n in LENGTHS]
@@ -59,13 +60,13 @@ def batch(setting: Setting, step: int, part: slice) -> Tensor | PackedSequence:
     return x if setting.options.get("batch_first") else x.transpose(0, 1)
 
 
-def train(model: nn.Module, setting: Setting, part: slice) -> list[float]:
-    """The losses of some steps of Adam, each the mean over all processes."""
+def train_model(model: nn.Module, setting: Setting, part: slice) -> list[float]:
+    """Train with Adam, and return the loss of each step, averaged over all processes."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = model(batch(setting, step, part))
+        loss = model(draw_batch(setting, step, part))
         loss.backward()
         optimizer.step()
         loss = loss.detach()
@@ -76,14 +77,17 @@ def train(model: nn.Module, setting: Setting, part: slice) -> list[float]:
     return losses
 
 
-def on_two(job: Callable[[int, Path], R], folder: Path) -> R:
-    """Run a job on two processes, each given its number and the folder; the first's result."""
+def run_on_two_processes(job: Callable[[int, Path], R], folder: Path) -> R:
+    """Run a job on two processes, and return what it returned on the first.
+
+    The arguments of the job are the number of the process and the folder, which both processes share.
+    """
     if not dist.is_available() or not dist.is_gloo_available():
-        raise Missing("torch without gloo")
+        raise MissingRequirement("torch without gloo")
     try:
-        spawn(_work, (job, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        spawn(_run_in_process, (job, folder), nprocs=2)  # type: ignore[no-untyped-call]
     except ProcessRaisedException as error:
-        reason = folder / "error"  # without the process's traceback
+        reason = folder / "error"  # the message alone, without the traceback of the process
         raise RuntimeError(
             reason.read_text(encoding="utf-8") if reason.exists() else str(error)
         ) from error
@@ -91,7 +95,7 @@ def on_two(job: Callable[[int, Path], R], folder: Path) -> R:
     return result
 
 
-def _work(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
+def _run_in_process(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
     torch.set_num_threads(1)
     store = (folder / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -103,90 +107,91 @@ def _work(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
     except Exception as error:
         (folder / "error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
-    # At once: gloo's threads now and then abort a process that ends in the usual way after FSDP2.
+    # Exit at once: after FSDP2, threads of gloo sometimes abort a process that ends normally.
     os._exit(0)
 
 
-def part_of(rank: int) -> slice:
-    """The sequences of a process."""
+def sequences_of(rank: int) -> slice:
+    """Return which sequences of a batch belong to a process."""
     return slice(rank, None, 2)
 
 
-def alone(setting: Setting) -> tuple[list[float], Model]:
-    """nn.LSTM on one process: the losses, and the model trained."""
-    lstm = nn.LSTM(setting.I, setting.H, dtype=setting.dtype, **setting.options)
-    lstm.load_state_dict(setting.layer().state_dict())
-    model = Model(lstm, setting)
-    return train(model, setting, slice(None)), model
+def train_on_one_process(setting: Setting) -> tuple[list[float], LossModel]:
+    """Train nn.LSTM on one process; return the losses, and the trained model."""
+    model = LossModel(setting.official(setting.layer()), setting)
+    return train_model(model, setting, slice(None)), model
 
 
-def same(actual: Any, expected: Any) -> None:
-    """Compare what may differ by the order of sums."""
+def assert_close(actual: Any, expected: Any) -> None:
+    """Assert that results are close. They may differ, because sums are made in another order."""
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
-def _replicated(setting: Setting, recompute: bool, rank: int, folder: Path) -> list[float]:
-    model = DistributedDataParallel(Model(setting.layer(), setting, recompute))
-    return train(model, setting, part_of(rank))
+def _train_data_parallel(setting: Setting, recompute: bool, rank: int, folder: Path) -> list[float]:
+    model = DistributedDataParallel(LossModel(setting.layer(), setting, recompute))
+    return train_model(model, setting, sequences_of(rank))
 
 
-def replicated(setting: Setting, recompute: bool = False) -> None:
-    """DistributedDataParallel: the losses of one process."""
+def check_data_parallel(setting: Setting, recompute: bool = False) -> None:
+    """DistributedDataParallel gives the losses of training on one process."""
     with tempfile.TemporaryDirectory() as folder:
-        same(on_two(partial(_replicated, setting, recompute), Path(folder)), alone(setting)[0])
+        job = partial(_train_data_parallel, setting, recompute)
+        losses = run_on_two_processes(job, Path(folder))
+    assert_close(losses, train_on_one_process(setting)[0])
 
 
-def shard(setting: Setting, layer_too: bool) -> Model:
-    """The model sharded by FSDP2, and in it maybe the layer by itself."""
+def shard_model(setting: Setting, layer_too: bool) -> LossModel:
+    """Shard the model with FSDP2, and in it, if asked for, the layer as a unit of its own."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = Model(setting.layer(), setting)
+    model = LossModel(setting.layer(), setting)
     if layer_too:
         fully_shard(model.layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
-def _sharded(setting: Setting, layer_too: bool, rank: int, folder: Path) -> list[float]:
-    model = shard(setting, layer_too)
-    losses = train(model, setting, part_of(rank))
+def _train_fully_sharded(setting: Setting, layer_too: bool, rank: int, folder: Path) -> list[float]:
+    model = shard_model(setting, layer_too)
+    losses = train_model(model, setting, sequences_of(rank))
     save(model.state_dict(), checkpoint_id=folder / "checkpoint")
     return losses
 
 
-def sharded(setting: Setting, layer_too: bool) -> None:
-    """FSDP2: the losses of one process, and a checkpoint that nn.LSTM loads."""
-    expected, trained = alone(setting)
+def check_fully_sharded(setting: Setting, layer_too: bool) -> None:
+    """FSDP2 gives the losses of training on one process, and a checkpoint that nn.LSTM loads."""
+    expected, trained = train_on_one_process(setting)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        same(on_two(partial(_sharded, setting, layer_too), folder), expected)
-        lstm = nn.LSTM(setting.I, setting.H, dtype=setting.dtype, **setting.options)
-        loaded = Model(lstm, setting)
+        assert_close(
+            run_on_two_processes(partial(_train_fully_sharded, setting, layer_too), folder), expected
+        )
+        loaded = LossModel(setting.with_changes(make=nn.LSTM, seed=setting.seed + 1).layer(), setting)
         state = loaded.state_dict()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
+            warnings.simplefilter("ignore")  # torch warns that there is only one process
             load(state, checkpoint_id=folder / "checkpoint")
         loaded.load_state_dict(state)
     for name, weight in trained.state_dict().items():
-        same(loaded.state_dict()[name], weight)
+        assert_close(loaded.state_dict()[name], weight)
 
 
 ROWS = [
-    Row("DistributedDataParallel on two processes", replicated, packed=True, slow=True),
-    Row(
+    ReportRow("DistributedDataParallel on two processes", check_data_parallel, packed=True, slow=True),
+    ReportRow(
         "DistributedDataParallel with activation checkpointing",
-        partial(replicated, recompute=True),
+        partial(check_data_parallel, recompute=True),
         packed=True,
         slow=True,
     ),
-    Row(
+    ReportRow(
         "FSDP2, fully_shard of the model; checkpoint into nn.LSTM",
-        partial(sharded, layer_too=False),
+        partial(check_fully_sharded, layer_too=False),
         packed=True,
         slow=True,
     ),
-    Row(
+    ReportRow(
         "FSDP2, fully_shard of the layer; checkpoint into nn.LSTM",
-        partial(sharded, layer_too=True),
+        partial(check_fully_sharded, layer_too=True),
         packed=True,
         slow=True,
     ),

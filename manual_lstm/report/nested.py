@@ -1,15 +1,15 @@
-"""Nested tensors: sequences of different lengths in one."""
+"""The row on nested tensors: sequences of different lengths in one tensor."""
 
 import torch
 from torch import Tensor
 
-from manual_lstm.report.function import BOTH, Function, loss
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.function import FLOATS, LayerFunction, loss
+from manual_lstm.report.row import ReportRow, Setting
 
 
-def jagged(setting: Setting) -> None:
-    """``[B, j, I]`` whatever ``batch_first`` says: equal to the sequences one by one."""
-    function = Function(setting, B=3, training=False)
+def check_jagged(setting: Setting) -> None:
+    """Input ``[B, j, I]``, whatever ``batch_first`` is, gives what the single sequences give."""
+    function = LayerFunction(setting, B=3, training=False)
     torch.manual_seed(0)
     lengths = (2, 5, 1)
     sequences = [torch.randn(n, setting.I, dtype=setting.dtype).to(setting.device) for n in lengths]
@@ -22,24 +22,24 @@ def jagged(setting: Setting) -> None:
     for hx in ((point["h_0"], point["c_0"]), None):
         output, (h_n, c_n) = function.layer(nested, hx)
         assert output.layout == torch.jagged, f"the output is {output.layout}"
-        # The length in a shape is a symbol, which two tensors share if their offsets are the same.
+        # The length in the shape is a symbol. Two tensors share it if their offsets are the same.
         assert output.shape[:2] == nested.shape[:2], f"{output.shape} is nested unlike {nested.shape}"
 
         results: list[tuple[Tensor, Tensor, Tensor]] = []
         for b, sequence in enumerate(alone):
             states = None if hx is None else tuple(part[:, b].double() for part in hx)
-            one, ends = function.official(sequence, states)
-            results.append((one, *ends))
+            sequence_output, final_states = function.official(sequence, states)
+            results.append((sequence_output, *final_states))
         expected = {
-            "output": torch.cat([one for one, _, _ in results]),
+            "output": torch.cat([sequence_output for sequence_output, _, _ in results]),
             "h_n": torch.stack([h for _, h, _ in results], 1),
             "c_n": torch.stack([c for _, _, c in results], 1),
         }
         actual = {"output": output.values(), "h_n": h_n, "c_n": c_n}
-        function.same(actual, expected)
-        found = torch.autograd.grad(loss(actual), [values, *function.layer.parameters()])
-        wanted = torch.autograd.grad(loss(expected), [*alone, *function.official.parameters()])
-        function.same(found, (torch.cat(wanted[:3]), *wanted[3:]))
+        function.assert_close(actual, expected)
+        ours = torch.autograd.grad(loss(actual), [values, *function.layer.parameters()])
+        theirs = torch.autograd.grad(loss(expected), [*alone, *function.official.parameters()])
+        function.assert_close(ours, (torch.cat(theirs[:3]), *theirs[3:]))
 
 
-ROWS = [Row("nested tensors, layout=torch.jagged", jagged, dtypes=BOTH)]
+ROWS = [ReportRow("nested tensors, layout=torch.jagged", check_jagged, dtypes=FLOATS)]

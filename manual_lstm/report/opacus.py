@@ -1,4 +1,4 @@
-"""Opacus: per-sample gradients, and training with differential privacy."""
+"""Rows on Opacus: per-sample gradients, and training with differential privacy."""
 
 import importlib
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.row import ReportRow, Setting
 
 
-class Model(nn.Module):
-    """A layer and a head on its final states."""
+class StatesClassifier(nn.Module):
+    """A layer, and a classifier of its final states."""
 
     def __init__(self, layer: nn.Module, features: int) -> None:
         super().__init__()
@@ -25,36 +25,37 @@ class Model(nn.Module):
         return scores
 
 
-def _models(setting: Setting) -> tuple[Model, Model]:
-    """The model with the layer, and its like with nn.LSTM's weights."""
-    h_n, c_n = setting.hx()
-    features = h_n.size(0) * (h_n.size(2) + c_n.size(2))
-    layer, official = setting.layer(), setting.but(make=nn.LSTM).layer()
-    official.load_state_dict(layer.state_dict())
-    return Model(layer, features).to(setting.dtype), Model(official, features).to(setting.dtype)
+def _models(setting: Setting) -> tuple[StatesClassifier, StatesClassifier]:
+    """Return a model with the layer of the setting, and the same model with an nn.LSTM."""
+    h_0, c_0 = setting.hx()
+    features = h_0.size(0) * (h_0.size(2) + c_0.size(2))
+    layer = setting.layer()
+    model = StatesClassifier(layer, features).to(setting.dtype)
+    official = StatesClassifier(setting.official(layer), features).to(setting.dtype)
+    return model, official
 
 
-def grad_sample(setting: Setting) -> None:
-    """Every sample's gradients are those that it has alone."""
+def check_grad_sample(setting: Setting) -> None:
+    """The gradients of each sample are those of nn.LSTM on that sample alone."""
     model, official = _models(setting)
     input = setting.input()
     module = importlib.import_module("opacus.grad_sample")
-    # batch_first is the head's; a ManualLSTM knows its own.
+    # batch_first says where the head's batch is. Opacus asks a ManualLSTM where its own is.
     private: Any = module.GradSampleModule(model, batch_first=True, loss_reduction="sum")
     private(input).square().sum().backward()
     dim = 0 if setting.options.get("batch_first") else 1
     alone = unpack_sequence(input) if isinstance(input, PackedSequence) else input.unbind(dim)
     for k, sample in enumerate(alone):
-        one = nn.utils.rnn.pack_sequence([sample]) if setting.packed else sample.unsqueeze(dim)
-        gradients = torch.autograd.grad(official(one).square().sum(), list(official.parameters()))
+        batch = nn.utils.rnn.pack_sequence([sample]) if setting.packed else sample.unsqueeze(dim)
+        gradients = torch.autograd.grad(official(batch).square().sum(), list(official.parameters()))
         for parameter, gradient in zip(model.parameters(), gradients):
-            found: Tensor = parameter.grad_sample[k]  # type: ignore[attr-defined]
-            torch.testing.assert_close(found, gradient, rtol=0, atol=1e-10)
+            actual: Tensor = parameter.grad_sample[k]  # type: ignore[attr-defined]
+            torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-10)
 
 
-def privacy_engine(setting: Setting) -> None:
-    """Without noise, and with a bound that clips nothing, training is ordinary training."""
-    model, official = _models(setting.but(options={**setting.options, "batch_first": True}))
+def check_privacy_engine(setting: Setting) -> None:
+    """Without noise, and with a bound that clips nothing, private training is ordinary training."""
+    model, official = _models(setting.with_changes(options={**setting.options, "batch_first": True}))
     torch.manual_seed(setting.seed)
     inputs, labels = torch.randn(8, 6, setting.I, dtype=setting.dtype), torch.arange(8) % 2
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=4)
@@ -67,19 +68,19 @@ def privacy_engine(setting: Setting) -> None:
         max_grad_norm=1e6,
         poisson_sampling=False,
     )
-    for each, optimize, batches in (
+    for trained, sgd, batches in (
         (private, optimizer, private_loader),
         (official, torch.optim.SGD(official.parameters(), lr=0.5), loader),
     ):
         for x, y in batches:
-            optimize.zero_grad()
-            nn.functional.cross_entropy(each(x), y).backward()  # type: ignore[no-untyped-call]
-            optimize.step()
+            sgd.zero_grad()
+            nn.functional.cross_entropy(trained(x), y).backward()  # type: ignore[no-untyped-call]
+            sgd.step()
     for ours, theirs in zip(model.parameters(), official.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
 
 
 ROWS = [
-    Row("Opacus GradSampleModule", grad_sample, packed=True, needs=("opacus",)),
-    Row("Opacus PrivacyEngine", privacy_engine, needs=("opacus",)),
+    ReportRow("Opacus GradSampleModule", check_grad_sample, packed=True, needs=("opacus",)),
+    ReportRow("Opacus PrivacyEngine", check_privacy_engine, needs=("opacus",)),
 ]

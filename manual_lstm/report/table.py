@@ -1,12 +1,14 @@
-"""Run the rows on nn.LSTM and on ManualLSTM, and print what came of it."""
+"""Try each row on nn.LSTM and on ManualLSTM, and print the outcomes as tables."""
 
 import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,9 +25,9 @@ from manual_lstm.report import (
     transforms,
     weights,
 )
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 
-ROWS: list[Row] = [
+ROWS: list[ReportRow] = [
     *transforms.ROWS,
     *opacus.ROWS,
     *derivatives.ROWS,
@@ -38,31 +40,72 @@ ROWS: list[Row] = [
 ]
 OPTIONS = {"num_layers": 2, "bidirectional": True}
 YES = "✓"
+# The headings of the tables, in the order in which they are printed. Empty tables are left out.
+MANUAL_FAILS = "What fails for ManualLSTM"
+OFFICIAL_REFUSES = "What nn.LSTM refuses"
+BOTH_DO = "What both do"
+UNTRIED = "What could not be tried here"
+HEADINGS = (MANUAL_FAILS, OFFICIAL_REFUSES, BOTH_DO, UNTRIED)
 
 
-def show(device: str = "cpu") -> bool:
-    """Print the table, row by row; return whether ManualLSTM did all that could be tried."""
-    width = max(len(row.label) for row in ROWS)
-    print(f"torch {torch.__version__}, {sys.platform}, {device}, each layer with {OPTIONS}\n")
+class RowOutcome(NamedTuple):
+    """What :func:`outcome_of` returned for a row, for each of the two layers."""
+
+    label: str
+    manual: str
+    official: str
+
+    @property
+    def heading(self) -> str:
+        """The heading of the table that the row belongs to."""
+        if self.manual.startswith("needs "):
+            return UNTRIED
+        if self.manual != YES:
+            return MANUAL_FAILS
+        return BOTH_DO if self.official == YES else OFFICIAL_REFUSES
+
+
+def print_report(device: str = "cpu") -> bool:
+    """Try all rows and print the tables; return whether ManualLSTM did all that could be tried.
+
+    The tables are printed at the end. Progress goes to stderr.
+    """
+    print(f"torch {torch.__version__}, {sys.platform}, {device}, each layer with {OPTIONS}", flush=True)
+    outcomes = []
+    for number, row in enumerate(ROWS, start=1):
+        print(f"row {number} of {len(ROWS)}: {row.label} ...", end="", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        outcome = RowOutcome(
+            row.label, outcome_of(row, ManualLSTM, device), outcome_of(row, nn.LSTM, device)
+        )
+        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        outcomes.append(outcome)
+    for heading in HEADINGS:
+        _print_table(heading, [outcome for outcome in outcomes if outcome.heading == heading])
+    return all(outcome.heading != MANUAL_FAILS for outcome in outcomes)
+
+
+def _print_table(heading: str, outcomes: list[RowOutcome]) -> None:
+    """Print a table in Markdown, or nothing if there are no outcomes."""
+    if not outcomes:
+        return
+    width = max(len(outcome.label) for outcome in outcomes)
+    print(f"\n## {heading}\n")
     print(f"| {'':{width}} | ManualLSTM | nn.LSTM |")
     print(f"|{'-' * (width + 2)}|---|---|")
-    good = True
-    for row in ROWS:
-        ours, theirs = result(row, ManualLSTM, device), result(row, nn.LSTM, device)
-        good = good and (ours == YES or ours.startswith("needs"))
-        print(f"| {row.label:{width}} | {_cell(ours)} | {_cell(theirs)} |", flush=True)
-    return good
+    for label, manual, official in outcomes:
+        print(f"| {label:{width}} | {_cell(manual)} | {_cell(official)} |", flush=True)
 
 
-def result(row: Row, make: Callable[..., nn.Module], device: str) -> str:
-    """A tick, what is missing, or the first line of what was raised."""
+def outcome_of(row: ReportRow, make: Callable[..., nn.Module], device: str) -> str:
+    """Return a tick, what the machine lacks, or the first line of what was raised."""
     if row.missing():
         return f"needs {', '.join(row.missing())}, not installed"
     for packed in (False, True) if row.packed else (False,):
         try:
-            with quiet(), torch.random.fork_rng():
+            with silence(), torch.random.fork_rng():
                 row.run(Setting(make, OPTIONS, packed=packed, device=device))
-        except Missing as missing:
+        except MissingRequirement as missing:
             return f"needs {missing}"
         except Exception as error:
             lines = str(error).strip().splitlines()
@@ -71,22 +114,22 @@ def result(row: Row, make: Callable[..., nn.Module], device: str) -> str:
 
 
 def _cell(text: str, most: int = 90) -> str:
-    """Fit a text into a table of Markdown and into what the terminal can show."""
+    """Shorten and escape a text for a table in Markdown, and for the encoding of the terminal."""
     text = text if len(text) <= most else text[: most - 3] + "..."
     encoding = sys.stdout.encoding or "utf-8"
-    text = text.replace("|", "\\|").replace(YES, YES if _encodes(YES, encoding) else "yes")
+    text = text.replace("|", "\\|").replace(YES, YES if _can_encode(YES, encoding) else "yes")
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _encodes(text: str, encoding: str) -> bool:
+def _can_encode(text: str, encoding: str) -> bool:
     return text.encode(encoding, "ignore") != b""
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep to ourselves what a check prints, warns and logs, in Python or below."""
+def silence() -> Iterator[None]:
+    """Discard what is printed, warned and logged, by Python or by native code."""
     disabled = logging.root.manager.disable
-    kept = os.dup(2)
+    stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -96,6 +139,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)

@@ -1,16 +1,16 @@
-"""What looks at a model: flops, profiles, summaries."""
+"""Rows on tools that inspect a model: flop counter, profiler, summary."""
 
 import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from manual_lstm.report.function import BOTH, Function
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.function import FLOATS, LayerFunction
+from manual_lstm.report.row import ReportRow, Setting
 
 
-def flops(setting: Setting) -> None:
-    """Two for each multiply and add of the matrix products; twice as many again in the backward."""
-    function = Function(setting)
+def check_flops(setting: Setting) -> None:
+    """Each multiply-add of the matrix products counts two flops; the backward has twice as many."""
+    function = LayerFunction(setting)
     rows = function.point["input"].numel() // setting.I
     matrices = sum(t.numel() for name, t in function.point.items() if name.startswith("weight"))
     forward = 2 * rows * matrices
@@ -24,22 +24,22 @@ def flops(setting: Setting) -> None:
     assert counted == 3 * forward, f"{counted} flops counted in training, not {3 * forward}"
 
 
-def profiler(setting: Setting) -> None:
-    """The LSTM is an operator of its own in the profile, with the time it took."""
-    function = Function(setting)
-    with profile() as seen:
+def check_profiler(setting: Setting) -> None:
+    """The profile shows the LSTM as one operator, and the time it took."""
+    function = LayerFunction(setting)
+    with profile() as profiled:
         function.step(*function.leaves().values())
-    times = {event.key: event.cpu_time_total for event in seen.key_averages()}
-    found = {name: time for name, time in times.items() if "lstm" in name}
-    assert found, f"no LSTM among {sorted(times)}"
-    assert min(found.values()) > 0, f"times are {found}"
+    times = {event.key: event.cpu_time_total for event in profiled.key_averages()}
+    lstm_times = {name: time for name, time in times.items() if "lstm" in name}
+    assert lstm_times, f"no LSTM among {sorted(times)}"
+    assert min(lstm_times.values()) > 0, f"times are {lstm_times}"
 
 
-def torchinfo(setting: Setting) -> None:
+def check_torchinfo(setting: Setting) -> None:
     """torchinfo.summary counts parameters, shapes and multiply-adds."""
     from torchinfo import summary
 
-    function = Function(setting)
+    function = LayerFunction(setting)
     counts = []
     for layer in (function.layer, function.official):
         dtype = next(layer.parameters()).dtype
@@ -53,7 +53,7 @@ def torchinfo(setting: Setting) -> None:
 
 
 ROWS = [
-    Row("flop_counter", flops, packed=True, dtypes=BOTH),
-    Row("torch.profiler", profiler, packed=True, dtypes=BOTH),
-    Row("torchinfo", torchinfo, needs=("torchinfo",)),
+    ReportRow("flop_counter", check_flops, packed=True, dtypes=FLOATS),
+    ReportRow("torch.profiler", check_profiler, packed=True, dtypes=FLOATS),
+    ReportRow("torchinfo", check_torchinfo, needs=("torchinfo",)),
 ]

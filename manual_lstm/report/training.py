@@ -1,4 +1,4 @@
-"""Training with less memory, in narrow dtypes, and repeatably."""
+"""Rows on training: in low precision, with less memory, and deterministic."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,41 +11,41 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from manual_lstm.report.function import BOTH, Function, Results, loss
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.function import FLOATS, LayerFunction, Results, loss
+from manual_lstm.report.row import ReportRow, Setting
 
 
-def autocast(dtype: torch.dtype) -> Callable[[Setting], None]:
-    """The check of training in float32 under autocast to ``dtype``."""
+def check_autocast(dtype: torch.dtype) -> Callable[[Setting], None]:
+    """Make the check of training in float32 under autocast to ``dtype``."""
 
     def check(setting: Setting) -> None:
-        function = Function(setting)
+        function = LayerFunction(setting)
 
         def call(step: Any, *tensors: Tensor) -> Any:
             with torch.autocast(setting.device, dtype):
                 return step(*tensors)
 
         results = function.train(call)
-        near(results, function.trained(), dtype)
-        # nn.LSTM answers in float32 where it leaves its fused kernels.
+        assert_near(results, function.trained(), dtype)
+        # nn.LSTM returns float32 where it has no fused kernel, so ManualLSTM may do so there.
         fused = not setting.packed and not setting.options.get("proj_size")
         for name in ("output", "h_n", "c_n"):
-            found = results[name].dtype
-            assert found == dtype or (found == torch.float32 and not fused), f"{name} is of {found}"
+            actual = results[name].dtype
+            assert actual == dtype or (actual == torch.float32 and not fused), f"{name} is {actual}"
 
     return check
 
 
-def near(actual: Results, expected: Results, dtype: torch.dtype) -> None:
-    """Compare what was computed in a narrow dtype, by norms."""
+def assert_near(actual: Results, expected: Results, dtype: torch.dtype) -> None:
+    """Assert that results computed in low precision are close, by norms."""
     for name, tensor in expected.items():
         gap = float((actual[name].double() - tensor).norm() / tensor.norm().clamp_min(1))
         assert gap <= 3 * torch.finfo(dtype).eps, f"{name} is off by {gap:.1e}"
 
 
-def grad_scaler(setting: Setting) -> None:
-    """Scaled gradients are right once unscaled, and a step that overflowed is left out."""
-    function = Function(setting)
+def check_grad_scaler(setting: Setting) -> None:
+    """The scaler's gradients are right after unscaling, and it skips a step that overflowed."""
+    function = LayerFunction(setting)
     optimizer = torch.optim.SGD(function.layer.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler(setting.device, init_scale=1024.0)
     before = {name: t.detach().clone() for name, t in function.layer.named_parameters()}
@@ -59,46 +59,52 @@ def grad_scaler(setting: Setting) -> None:
         scaler.step(optimizer)
         scaler.update()
         after = dict(function.layer.named_parameters())
-        near({name: before[name] - after[name].detach() for name in before}, expected, torch.float16)
+        assert_near(
+            {name: before[name] - after[name].detach() for name in before}, expected, torch.float16
+        )
     assert scaler.get_scale() == 512.0, "the overflow was not seen"
 
 
-def held(function: Function, call: Callable[..., Any]) -> int:
-    """How many bytes of memory the forward of a call leaves allocated."""
+def bytes_held(function: LayerFunction, call: Callable[..., Any]) -> int:
+    """Return how many bytes stay allocated after the forward, for the backward."""
     leaves = function.leaves()
-    with profile(profile_memory=True) as seen:
+    with profile(profile_memory=True) as profiled:
         results = call(function.step, *leaves.values())
     del results
-    events = seen.key_averages()
+    events = profiled.key_averages()
     return sum(event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
 
 
-def saving(call: Callable[..., Any], falls: bool = True) -> Callable[[Setting], None]:
-    """The check of a way to call a layer that gives the same and holds less memory until backward."""
+def check_saving(call: Callable[..., Any], falls: bool = True) -> Callable[[Setting], None]:
+    """Make the check of a way to call a layer: same results and gradients, less memory held.
+
+    ``falls`` says whether the memory held between forward and backward must fall by half.
+    """
 
     def check(setting: Setting) -> None:
-        function = Function(setting)
-        function.same(function.train(call), function.trained())
+        function = LayerFunction(setting)
+        function.assert_close(function.train(call), function.trained())
         if falls:
-            large = Function(setting.but(H=16), T=24, B=4)
-            without, with_it = held(large, lambda step, *tensors: step(*tensors)), held(large, call)
-            assert with_it < without / 2, f"holds {with_it} bytes, and {without} without"
+            large = LayerFunction(setting.with_changes(H=16), T=24, B=4)
+            before = bytes_held(large, lambda step, *tensors: step(*tensors))
+            after = bytes_held(large, call)
+            assert after < before / 2, f"holds {after} bytes, and {before} in a plain call"
 
     return check
 
 
-def checkpointed(use_reentrant: bool) -> Callable[..., Any]:
+def with_checkpoint(use_reentrant: bool) -> Callable[..., Any]:
     return lambda step, *tensors: checkpoint(step, *tensors, use_reentrant=use_reentrant)
 
 
-def saved_to_disk(step: Any, *tensors: Tensor) -> Any:
-    """With all that the backward needs in files until then."""
+def with_tensors_on_disk(step: Any, *tensors: Tensor) -> Any:
+    """Call with all tensors for the backward stored in files until then."""
     folder = tempfile.TemporaryDirectory()
 
     def pack(tensor: Tensor) -> tuple[Path, Any]:
         path = Path(folder.name, str(len(list(Path(folder.name).iterdir()))))
         torch.save(tensor, path)
-        return path, folder  # which stays as long as the graph does
+        return path, folder  # the graph keeps this tuple, and so the folder exists as long as it
 
     def unpack(packed: tuple[Path, Any]) -> Tensor:
         tensor: Tensor = torch.load(packed[0], weights_only=True)
@@ -108,19 +114,19 @@ def saved_to_disk(step: Any, *tensors: Tensor) -> Any:
         return step(*tensors)
 
 
-def saved_on_cpu(step: Any, *tensors: Tensor) -> Any:
+def with_tensors_on_cpu(step: Any, *tensors: Tensor) -> Any:
     with save_on_cpu():
         return step(*tensors)
 
 
-def save_on_cpu_check(setting: Setting) -> None:
-    """On CPU nothing is to be saved by it."""
-    saving(saved_on_cpu, falls=setting.device != "cpu")(setting)
+def check_save_on_cpu(setting: Setting) -> None:
+    """On CPU save_on_cpu saves no memory, so only results and gradients are compared."""
+    check_saving(with_tensors_on_cpu, falls=setting.device != "cpu")(setting)
 
 
-def deterministic(setting: Setting) -> None:
-    """The same bits, twice, and the right ones."""
-    function = Function(setting)
+def check_deterministic(setting: Setting) -> None:
+    """Two runs give the same bits, and the right results."""
+    function = LayerFunction(setting)
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -130,17 +136,29 @@ def deterministic(setting: Setting) -> None:
         torch.use_deterministic_algorithms(before, warn_only=warns)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name} differs"
-    function.same(first, function.trained())
+    function.assert_close(first, function.trained())
 
 
 FLOAT32 = (torch.float32,)
 ROWS = [
-    Row("autocast to bfloat16", autocast(torch.bfloat16), packed=True, dtypes=FLOAT32),
-    Row("autocast to float16", autocast(torch.float16), packed=True, dtypes=FLOAT32),
-    Row("GradScaler, float16", grad_scaler, packed=True, dtypes=FLOAT32),
-    Row("activation checkpointing", saving(checkpointed(False)), packed=True, dtypes=BOTH),
-    Row("activation checkpointing, reentrant", saving(checkpointed(True)), packed=True, dtypes=BOTH),
-    Row("saved_tensors_hooks, to disk", saving(saved_to_disk), packed=True, dtypes=BOTH),
-    Row("save_on_cpu", save_on_cpu_check, packed=True, dtypes=BOTH),
-    Row("use_deterministic_algorithms", deterministic, packed=True, dtypes=BOTH),
+    ReportRow("autocast to bfloat16", check_autocast(torch.bfloat16), packed=True, dtypes=FLOAT32),
+    ReportRow("autocast to float16", check_autocast(torch.float16), packed=True, dtypes=FLOAT32),
+    ReportRow("GradScaler, float16", check_grad_scaler, packed=True, dtypes=FLOAT32),
+    ReportRow(
+        "activation checkpointing", check_saving(with_checkpoint(False)), packed=True, dtypes=FLOATS
+    ),
+    ReportRow(
+        "activation checkpointing, reentrant",
+        check_saving(with_checkpoint(True)),
+        packed=True,
+        dtypes=FLOATS,
+    ),
+    ReportRow(
+        "saved_tensors_hooks, to disk",
+        check_saving(with_tensors_on_disk),
+        packed=True,
+        dtypes=FLOATS,
+    ),
+    ReportRow("save_on_cpu", check_save_on_cpu, packed=True, dtypes=FLOATS),
+    ReportRow("use_deterministic_algorithms", check_deterministic, packed=True, dtypes=FLOATS),
 ]

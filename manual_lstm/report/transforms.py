@@ -1,4 +1,4 @@
-"""torch.vmap: over inputs, states and weights, with dropout; and per-sample gradients."""
+"""Rows on torch.vmap, over inputs, states and weights, with dropout; and per-sample gradients."""
 
 import itertools
 from collections.abc import Callable
@@ -8,34 +8,42 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from manual_lstm.report.function import BOTH, Function, Point, Results, loss, parts, pick
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.function import (
+    FLOATS,
+    LayerFunction,
+    Point,
+    Results,
+    loss,
+    results_by_name,
+    select,
+)
+from manual_lstm.report.row import ReportRow, Setting
 
-# Dropout draws the same for all members, as calls one by one do from the same seed.
+# All members get the same dropout, as separate calls with the same seed would.
 same_vmap = partial(vmap, randomness="same")
 MEMBERS = 3
 
 
-def drawn(point: Point, *names: str) -> Point:
-    """For each name a stack of tensors like the point's."""
+def stacked_tensors(point: Point, *names: str) -> Point:
+    """Draw for each name ``MEMBERS`` tensors like the point's, stacked: ``[MEMBERS, ...]``."""
     torch.manual_seed(5)
     return {name: torch.randn(MEMBERS, *point[name].shape).to(point[name]) for name in names}
 
 
 def one_by_one(function: Callable[[Point], Results], batch: Point) -> Results:
-    """What vmap does, as a loop."""
+    """Do in a loop what vmap does."""
     members = [function({name: t[k] for name, t in batch.items()}) for k in range(MEMBERS)]
     return {name: torch.stack([member[name] for member in members]) for name in members[0]}
 
 
-def vmap_over(*names: str) -> Callable[[Setting], None]:
-    """The check of vmap over a part of the point."""
+def check_vmap_over(*names: str) -> Callable[[Setting], None]:
+    """Make the check of vmap over some tensors of the point."""
 
     def check(setting: Setting) -> None:
-        function = Function(setting)
-        batch = drawn(function.point, *names)
-        last = {name: t.movedim(0, -1) for name, t in batch.items()}
-        for point in (function.point, pick(function.point, "input")):  # with hx, and without
+        function = LayerFunction(setting)
+        batch = stacked_tensors(function.point, *names)
+        batch_last = {name: t.movedim(0, -1) for name, t in batch.items()}  # [..., MEMBERS]
+        for point in (function.point, select(function.point, "input")):  # with hx, and without it
 
             def call(part: Point, rest: Point = point) -> Results:
                 return function(rest | part)
@@ -44,34 +52,34 @@ def vmap_over(*names: str) -> Callable[[Setting], None]:
                 return function.expected(rest | part)
 
             expected = one_by_one(official, batch)
-            function.same(same_vmap(call)(batch), expected)
+            function.assert_close(same_vmap(call)(batch), expected)
             # Over the last dimension, two members at a time.
-            function.same(same_vmap(call, in_dims=-1, chunk_size=2)(last), expected)
+            function.assert_close(same_vmap(call, in_dims=-1, chunk_size=2)(batch_last), expected)
 
     return check
 
 
-def vmap_weights(setting: Setting) -> None:
-    """Over all of them."""
-    vmap_over(*setting.layer().state_dict())(setting)
+def check_vmap_over_weights(setting: Setting) -> None:
+    """vmap over all weights."""
+    check_vmap_over(*setting.layer().state_dict())(setting)
 
 
-def nested_vmap(setting: Setting) -> None:
-    """Over the states within over the input."""
-    function = Function(setting)
+def check_nested_vmap(setting: Setting) -> None:
+    """vmap over the states inside vmap over the input."""
+    function = LayerFunction(setting)
     point = function.point
-    inputs, states = drawn(point, "input"), drawn(point, "h_0", "c_0")
+    inputs, states = stacked_tensors(point, "input"), stacked_tensors(point, "h_0", "c_0")
     inner = same_vmap(lambda x, hx: function(point | x | hx), in_dims=(None, 0))
     actual = same_vmap(inner, in_dims=(0, None))(inputs, states)
     expected = one_by_one(
         lambda x: one_by_one(lambda hx: function.expected(point | x | hx), states), inputs
     )
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
 
 
-def ensemble(setting: Setting) -> None:
-    """Layers of one shape as one, on the same input and each on its own."""
-    functions = [Function(setting.but(seed=seed)) for seed in range(MEMBERS)]
+def check_ensemble(setting: Setting) -> None:
+    """Several layers of one shape run as one, on one input and on an input for each."""
+    functions = [LayerFunction(setting.with_changes(seed=seed)) for seed in range(MEMBERS)]
     weights, buffers = stack_module_state([function.layer for function in functions])
     first = functions[0]
     states = (first.point["h_0"], first.point["c_0"])
@@ -79,42 +87,42 @@ def ensemble(setting: Setting) -> None:
     def call(weights: Point, buffers: Point, x: Tensor) -> Results:
         torch.manual_seed(0)
         output, hx = functional_call(first.layer, (weights, buffers), (first.like(x), states))
-        return parts(output, *hx)
+        return results_by_name(output, *hx)
 
-    inputs = drawn(first.point, "input")["input"]
+    inputs = stacked_tensors(first.point, "input")["input"]
     for x, in_dim in ((first.point["input"], None), (inputs, 0)):
         actual = same_vmap(call, in_dims=(0, 0, in_dim))(weights, buffers, x)
         for k, function in enumerate(functions):
-            given = pick(first.point, "h_0", "c_0") | {"input": x if in_dim is None else x[k]}
-            expected = function.expected(function.point | given)
-            first.same({name: t[k] for name, t in actual.items()}, expected)
-    # And it trains: the gradients of all members at once.
+            member = select(first.point, "h_0", "c_0") | {"input": x if in_dim is None else x[k]}
+            expected = function.expected(function.point | member)
+            first.assert_close({name: t[k] for name, t in actual.items()}, expected)
+    # The gradients of all members come from one backward.
     outputs = same_vmap(call, in_dims=(0, 0, None))(weights, buffers, first.point["input"])
     value = torch.stack([loss({name: t[k] for name, t in outputs.items()}) for k in range(MEMBERS)])
     gradients = torch.autograd.grad(value.sum(), list(weights.values()))
+    shared = select(first.point, "input", "h_0", "c_0")
     for k, function in enumerate(functions):
-        given = pick(first.point, "input", "h_0", "c_0")
-        expected = function.gradients(function.point | given, weights)
-        first.same({name: t[k] for name, t in zip(weights, gradients)}, expected)
+        expected = function.gradients(function.point | shared, weights)
+        first.assert_close({name: t[k] for name, t in zip(weights, gradients)}, expected)
 
 
-def dropout_same(setting: Setting) -> None:
-    """Every member has the mask of a call by itself."""
+def check_same_dropout(setting: Setting) -> None:
+    """Every member gets the dropout mask of a separate call."""
     dropping = {"num_layers": 2, "dropout": 0.5}
-    vmap_over("input")(setting.but(options=setting.options | dropping))
+    check_vmap_over("input")(setting.with_changes(options=setting.options | dropping))
 
 
-def dropout_different(setting: Setting) -> None:
-    """Each member's result is that of some mask, and the masks differ."""
+def check_different_dropout(setting: Setting) -> None:
+    """The result of each member belongs to some dropout mask, and the masks differ."""
     options = setting.options | {"num_layers": 2, "dropout": 0.5, "batch_first": False}
-    function = Function(setting.but(options=options, H=3, packed=False), T=2, B=1)
+    function = LayerFunction(setting.with_changes(options=options, H=3, packed=False), T=2, B=1)
     x = function.point["input"]
     output: Tensor = vmap(lambda x: function.layer(x)[0], randomness="different")(
         x.expand(20, *x.shape)
     )
     output = output.squeeze(2).movedim(0, 1)  # [T, 20, D * (P or H)]
 
-    # What each of the 2 ** n masks between the two layers gives, as one batch.
+    # The results of all 2 ** n masks between the two layers, computed as one batch.
     single = options | {"num_layers": 1, "dropout": 0.0, "dtype": torch.float64, "device": x.device}
     weights = function.official.state_dict()
     between = x.double()
@@ -130,50 +138,55 @@ def dropout_different(setting: Setting) -> None:
         between = lstm(between)[0]
     gaps = (output.unsqueeze(2) - between.unsqueeze(1)).abs().amax((0, 3))  # [20, 2 ** n]
     nearest, which = gaps.min(1)
-    function.same(nearest, torch.zeros_like(nearest))
+    function.assert_close(nearest, torch.zeros_like(nearest))
     assert len(set(which.tolist())) > 10, "members have the same mask"
 
 
-def per_sample_gradients(setting: Setting) -> None:
-    """The gradient of each sample's loss, and all of them from one call."""
-    function = Function(setting)
+def check_per_sample_gradients(setting: Setting) -> None:
+    """One call gives the gradient of the loss of each sample."""
+    function = LayerFunction(setting)
     point, weights = function.point, function.weights
 
     def value(weights: Point, sample: Point) -> Tensor:
         return loss(function(weights | sample))
 
-    # Samples that are each a batch, packed where the setting is.
-    samples = drawn(point, "input", "h_0", "c_0")
+    # Each sample is a batch of its own, packed in a packed setting.
+    samples = stacked_tensors(point, "input", "h_0", "c_0")
     actual = same_vmap(grad(value), in_dims=(None, 0))(weights, samples)
     expected = one_by_one(lambda sample: function.gradients(weights | sample, weights), samples)
-    function.same(actual, expected)
+    function.assert_close(actual, expected)
     if setting.packed:
         return
 
-    # Samples that are a batch's own sequences, unbatched and as batches of one.
+    # The samples are the sequences of one batch, unbatched or as batches of one.
     dims = {"input": 0 if setting.options.get("batch_first") else 1, "h_0": 1, "c_0": 1}
-    batch = pick(point, *dims)
-    for keep in (False, True):
+    batch = select(point, *dims)
+    for as_batches in (False, True):
 
-        def one(weights: Point, sample: Point, keep: bool = keep) -> Tensor:
-            if keep:
+        def sample_loss(weights: Point, sample: Point, as_batches: bool = as_batches) -> Tensor:
+            if as_batches:
                 sample = {name: t.unsqueeze(dims[name]) for name, t in sample.items()}
             return value(weights, sample)
 
-        actual = same_vmap(grad(one), in_dims=(None, dims))(weights, batch)
+        actual = same_vmap(grad(sample_loss), in_dims=(None, dims))(weights, batch)
         for b in range(2):
             sample = {name: t.narrow(dims[name], b, 1) for name, t in batch.items()}
             expected = function.gradients(weights | sample, weights)
-            function.same({name: t[b] for name, t in actual.items()}, expected)
+            function.assert_close({name: t[b] for name, t in actual.items()}, expected)
 
 
 ROWS = [
-    Row("torch.vmap over the input", vmap_over("input"), packed=True, dtypes=BOTH),
-    Row("torch.vmap over hx", vmap_over("h_0", "c_0"), packed=True, dtypes=BOTH),
-    Row("torch.vmap over weights", vmap_weights, packed=True, dtypes=BOTH),
-    Row("torch.vmap, nested", nested_vmap, packed=True, dtypes=BOTH),
-    Row("torch.vmap, dropout the same for all", dropout_same, packed=True, dtypes=BOTH),
-    Row("torch.vmap, dropout different for each", dropout_different, dtypes=BOTH),
-    Row("ensemble: stack_module_state", ensemble, packed=True, dtypes=BOTH),
-    Row("per-sample gradients: vmap(grad(...))", per_sample_gradients, packed=True, dtypes=BOTH),
+    ReportRow("torch.vmap over the input", check_vmap_over("input"), packed=True, dtypes=FLOATS),
+    ReportRow("torch.vmap over hx", check_vmap_over("h_0", "c_0"), packed=True, dtypes=FLOATS),
+    ReportRow("torch.vmap over weights", check_vmap_over_weights, packed=True, dtypes=FLOATS),
+    ReportRow("torch.vmap, nested", check_nested_vmap, packed=True, dtypes=FLOATS),
+    ReportRow("torch.vmap, dropout the same for all", check_same_dropout, packed=True, dtypes=FLOATS),
+    ReportRow("torch.vmap, dropout different for each", check_different_dropout, dtypes=FLOATS),
+    ReportRow("ensemble: stack_module_state", check_ensemble, packed=True, dtypes=FLOATS),
+    ReportRow(
+        "per-sample gradients: vmap(grad(...))",
+        check_per_sample_gradients,
+        packed=True,
+        dtypes=FLOATS,
+    ),
 ]

@@ -1,4 +1,4 @@
-"""Weights that are computed: parametrizations, pruning, weight drop."""
+"""Rows on weights that are computed from others: parametrizations, pruning, weight drop."""
 
 import warnings
 from collections.abc import Callable
@@ -9,17 +9,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from manual_lstm.report.function import BOTH, Function, Point, loss, parts, wide
-from manual_lstm.report.row import Row, Setting
+from manual_lstm.report.function import (
+    FLOATS,
+    LayerFunction,
+    Point,
+    loss,
+    results_by_name,
+    to_float64,
+)
+from manual_lstm.report.row import ReportRow, Setting
 
 
-class _Halved(nn.Module):
+class _Half(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2
 
 
 class _WeightDrop(nn.Module):
-    """DropConnect (Wan et al. 2013): elements of the weight are dropped, others in each call."""
+    """DropConnect (Wan et al. 2013): each call drops other elements of the weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +37,15 @@ class _WeightDrop(nn.Module):
         return weight * self.masks[-1]
 
 
-def computed(change: Callable[[nn.Module, str], Any]) -> Callable[[Setting], None]:
-    """The check that changed weights are those the layer computes with, now and after a step."""
+def check_computed_weights(change: Callable[[nn.Module, str], Any]) -> Callable[[Setting], None]:
+    """Make the check that a layer computes with the changed weights, before and after a step.
+
+    ``change`` registers the computation for a layer's weight of a name.
+    """
 
     def check(setting: Setting) -> None:
-        function = Function(setting, training=False)  # in training spectral_norm moves on
+        # In eval mode, because in training each call of spectral_norm changes its estimate.
+        function = LayerFunction(setting, training=False)
         layer = function.layer
         names = list(function.official.state_dict())
         with warnings.catch_warnings():
@@ -54,16 +65,16 @@ def computed(change: Callable[[nn.Module, str], Any]) -> Callable[[Setting], Non
     return check
 
 
-def weight_drop(setting: Setting) -> None:
-    """Each call draws its mask of every weight_hh, once, and computes with it."""
-    function = Function(setting, training=False)
+def check_weight_drop(setting: Setting) -> None:
+    """Each call draws one mask for every weight_hh, and computes with it."""
+    function = LayerFunction(setting, training=False)
     layer, point = function.layer, function.point
     drops = {name: _WeightDrop() for name in point if name.startswith("weight_hh")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, drop in drops.items():
             parametrize.register_parametrization(layer, name, drop)
-        calls = []
+        masks_of_calls = []
         for _ in range(2):
             for drop in drops.values():
                 drop.masks.clear()
@@ -73,42 +84,57 @@ def weight_drop(setting: Setting) -> None:
             for name, drop in drops.items():
                 assert len(drop.masks) == 1, f"{name} is drawn {len(drop.masks)} times in a call"
                 effective[name] = effective.pop(f"parametrizations.{name}.original") * drop.masks[0]
-            calls.append([drop.masks[0] for drop in drops.values()])
+            masks_of_calls.append([drop.masks[0] for drop in drops.values()])
             _compare(function, leaves, results, effective)
-    assert not any(torch.equal(*masks) for masks in zip(*calls)), "two calls have the same mask"
+    assert not any(torch.equal(*masks) for masks in zip(*masks_of_calls)), (
+        "two calls have the same mask"
+    )
 
 
 def _compare(
-    function: Function, leaves: Point, results: tuple[Tensor, ...], effective: Point
+    function: LayerFunction, leaves: Point, results: tuple[Tensor, ...], effective: Point
 ) -> tuple[Tensor, ...]:
-    """Compare with nn.LSTM on the effective weights; return the gradients of the layer's parameters."""
+    """Compare with nn.LSTM on the effective weights; return the gradients of the parameters."""
     hx = leaves["h_0"].double(), leaves["c_0"].double()
     input = function.like(leaves["input"].double())
-    output, states = functional_call(function.official, wide(effective), (input, hx))
-    expected = parts(output, *states)
+    output, states = functional_call(function.official, to_float64(effective), (input, hx))
+    expected = results_by_name(output, *states)
     actual = dict(zip(expected, results))
-    function.same(actual, expected)
-    wanted = [*leaves.values(), *function.layer.parameters()]
-    found = torch.autograd.grad(loss(actual), wanted, retain_graph=True)
-    function.same(found, torch.autograd.grad(loss(expected), wanted))
-    return found[len(leaves) :]
+    function.assert_close(actual, expected)
+    sources = [*leaves.values(), *function.layer.parameters()]
+    gradients = torch.autograd.grad(loss(actual), sources, retain_graph=True)
+    function.assert_close(gradients, torch.autograd.grad(loss(expected), sources))
+    return gradients[len(leaves) :]
+
+
+def _halve(layer: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(layer, name, _Half())
+
+
+def _prune(layer: nn.Module, name: str) -> None:
+    prune.RandomUnstructured.apply(layer, name, amount=0.5)  # type: ignore[no-untyped-call]
 
 
 ROWS = [
-    Row(
-        "parametrize",
-        computed(lambda layer, name: parametrize.register_parametrization(layer, name, _Halved())),
+    ReportRow("parametrize", check_computed_weights(_halve), packed=True, dtypes=FLOATS),
+    ReportRow(
+        "weight_norm",
+        check_computed_weights(parametrizations.weight_norm),
         packed=True,
-        dtypes=BOTH,
+        dtypes=FLOATS,
     ),
-    Row("weight_norm", computed(parametrizations.weight_norm), packed=True, dtypes=BOTH),
-    Row("spectral_norm", computed(parametrizations.spectral_norm), packed=True, dtypes=BOTH),
-    Row("orthogonal", computed(parametrizations.orthogonal), packed=True, dtypes=BOTH),
-    Row(
-        "pruning",
-        computed(lambda layer, name: prune.RandomUnstructured.apply(layer, name, amount=0.5)),  # type: ignore[no-untyped-call]
+    ReportRow(
+        "spectral_norm",
+        check_computed_weights(parametrizations.spectral_norm),
         packed=True,
-        dtypes=BOTH,
+        dtypes=FLOATS,
     ),
-    Row("weight drop, drawn anew in each call", weight_drop, packed=True, dtypes=BOTH),
+    ReportRow(
+        "orthogonal",
+        check_computed_weights(parametrizations.orthogonal),
+        packed=True,
+        dtypes=FLOATS,
+    ),
+    ReportRow("pruning", check_computed_weights(_prune), packed=True, dtypes=FLOATS),
+    ReportRow("weight drop, drawn anew in each call", check_weight_drop, packed=True, dtypes=FLOATS),
 ]

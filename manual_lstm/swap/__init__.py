@@ -1,4 +1,4 @@
-"""Swap the nn.LSTMs of a model for ManualLSTMs, and back."""
+"""Change the nn.LSTMs of a model into ManualLSTMs, and back."""
 
 from manual_lstm.swap.replace import SwapCandidate, find_lstm, replace_lstm, restore_lstm
 

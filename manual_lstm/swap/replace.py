@@ -1,4 +1,4 @@
-"""ManualLSTM into models that exist, and out of them again."""
+"""Change the nn.LSTMs of an existing model into ManualLSTMs, and back."""
 
 import re
 import warnings
@@ -18,12 +18,12 @@ Names = Iterable[str] | str
 
 @dataclass(frozen=True)
 class SwapCandidate:
-    """A layer that a swap has chosen.
+    """A layer that was chosen for a swap.
 
     Attributes:
-        names: every path to it in the model; the model itself has the path ``""``.
+        names: every path to the layer in the model; the path of the model itself is ``""``.
         module: the layer.
-        reason: why it is left as it is; None if it is swapped.
+        reason: why the layer is left as it is; None if it is swapped.
     """
 
     names: tuple[str, ...]
@@ -45,35 +45,36 @@ def replace_lstm(
     """Make every nn.LSTM in ``model`` a :class:`ManualLSTM`, in place.
 
     As with parametrize and FSDP2, each layer stays the same object and changes its class. So its
-    Parameters stay the same objects too, with their gradients, names, order and ties; optimizers, hooks
-    and their handles, extra attributes, and whatever else refers to the layer or to what is in it
-    go on working; only ``isinstance(layer, nn.LSTM)`` is no longer true. No random number is drawn.
-    For a layer beside the old one, see :meth:`ManualLSTM.from_lstm`.
+    Parameters stay the same objects too, with their gradients, names, order and ties. Optimizers,
+    hooks and their handles, extra attributes, and everything else that refers to the layer or to its
+    parts continue to work. After the swap ``isinstance(layer, nn.LSTM)`` is False. No random number
+    is drawn. To make a new layer beside the old one, use :meth:`ManualLSTM.from_lstm`.
 
-    Exactly nn.LSTM is replaced. A subclass, a layer with parametrizations, with a ``forward``
-    replaced on the object, a TorchScript or a quantized one is left as it is, with a warning that
-    names it and the reason. Layers that only a plain Python list holds are no part of the model,
-    here as everywhere in torch.
+    Only layers whose class is exactly nn.LSTM are replaced. A subclass, a layer with
+    parametrizations, a layer whose ``forward`` was replaced on the object, a TorchScript layer and a
+    quantized layer are left as they are, with a warning that names the layer and the reason. Layers
+    that only a plain Python list holds are not part of the model, as everywhere in torch.
 
     Args:
         model (nn.Module): the model, which may be an nn.LSTM itself.
-        filter_fn (callable, optional): called with a layer and its path, as torchao does; the layer
-            is chosen if that is true for any of its paths.
-        target_modules (iterable of str or str, optional): the layers to choose, as in PEFT: names,
-            each a path or the last parts of one, or one string, a regular expression for the
-            whole path. With ``filter_fn``, a layer must be chosen by both.
+        filter_fn (callable, optional): a function of a layer and its path, as in torchao. A layer is
+            chosen if the function returns true for any of its paths.
+        target_modules (iterable of str or str, optional): the layers to choose, as in PEFT: either
+            names, each of which is a path or the last parts of one, or one string, which is a
+            regular expression for the whole path. With ``filter_fn``, both must choose the layer.
         layer_class (type, optional): the class that the layers get, ManualLSTM or a subclass of it
-            with a cell of its own. Its ``__init__`` is not run; the cell's own parameters
-            are added with their initial values.
+            with its own cell. Its ``__init__`` does not run. The cell's own parameters are added with
+            their initial values.
 
     Returns:
         The model: the same object.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a name in ``target_modules`` that is no LSTM's.
+        ValueError: ``target_modules`` contains a name that no LSTM of the model has; the message
+            lists the names that they have.
 
-        Whatever is raised, the model is as it was.
+        If anything is raised, the model is unchanged.
 
     Example:
         >>> from manual_lstm import replace_lstm
@@ -86,27 +87,27 @@ def replace_lstm(
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, ManualLSTM)):
         raise TypeError(f"layer_class should be ManualLSTM or a subclass, but got {layer_class!r}")
-    found = _find(model, nn.LSTM, filter_fn, target_modules)
-    _swap(found, layer_class, layer_class._state_from)
+    candidates = _choose(model, nn.LSTM, filter_fn, target_modules)
+    _swap(candidates, layer_class, layer_class._state_from)
     return model
 
 
 def restore_lstm(
     model: M, *, filter_fn: Filter | None = None, target_modules: Names | None = None
 ) -> M:
-    """Make every :class:`ManualLSTM` in ``model`` an nn.LSTM, in place: the way back.
+    """Make every :class:`ManualLSTM` in ``model`` an nn.LSTM, in place.
 
-    What is said of :func:`replace_lstm` is true of this too, and it takes, returns and raises the
-    same. The model then needs nothing of this package any more, unless a warning named a layer
-    that is left as it is.
+    This reverses :func:`replace_lstm`, and works in the same way: it takes, returns and raises the
+    same. Afterwards the model no longer needs this package, unless a warning named a layer that was
+    left as it is.
 
     Example:
         >>> from manual_lstm import replace_lstm, restore_lstm
         >>> restore_lstm(replace_lstm(nn.LSTM(10, 20)))
         LSTM(10, 20)
     """
-    found = _find(model, ManualLSTM, filter_fn, target_modules)
-    _swap(found, nn.LSTM, official_state)
+    candidates = _choose(model, ManualLSTM, filter_fn, target_modules)
+    _swap(candidates, nn.LSTM, official_state)
     return model
 
 
@@ -116,9 +117,9 @@ def find_lstm(
     filter_fn: Filter | None = None,
     target_modules: Names | None = None,
 ) -> list[SwapCandidate]:
-    """List what :func:`replace_lstm` would replace, and what it would leave. Changes nothing.
+    """List what :func:`replace_lstm` would replace and what it would leave. The model is unchanged.
 
-    Takes and raises what that does.
+    The arguments and exceptions are those of :func:`replace_lstm`.
 
     Returns:
         The layers in the order of ``model.modules()``, each once.
@@ -129,41 +130,48 @@ def find_lstm(
         ...     print(layer)
         encoder: LSTM(3, 4)
     """
-    return _find(model, nn.LSTM, filter_fn, target_modules)
+    return _choose(model, nn.LSTM, filter_fn, target_modules)
 
 
 def _swap(
-    found: list[SwapCandidate], cls: type[nn.Module], make_state: Callable[[Any], dict[str, Any]]
+    candidates: list[SwapCandidate],
+    cls: type[nn.Module],
+    make_state: Callable[[Any], dict[str, Any]],
 ) -> None:
-    """Change the layers found, all or none."""
-    swaps = [(each.module, make_state(each.module)) for each in found if each.reason is None]
-    for each in found:
-        if each.reason:
-            warnings.warn(str(each), stacklevel=3)  # which may be an error
-    before = []
+    """Give all candidates without a reason the new class, or none of them.
+
+    ``make_state`` makes the new ``__dict__`` of a layer from the old one. ``__init__`` does not run, so
+    an attribute that only ``__init__`` sets is missing after the swap.
+    """
+    # All states are made, and all warnings given, before the first layer changes: both may raise.
+    swaps = [(c.module, make_state(c.module)) for c in candidates if c.reason is None]
+    for candidate in candidates:
+        if candidate.reason:
+            warnings.warn(str(candidate), stacklevel=3)
+    changed = []
     try:
         for module, state in swaps:
-            before.append((module, type(module), vars(module)))
+            changed.append((module, type(module), vars(module)))
             _become(module, cls, state)
     except BaseException:
-        for module, old_cls, old_state in before:
+        for module, old_cls, old_state in changed:
             _become(module, old_cls, old_state)
         raise
 
 
 def _become(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
-    # Module.__setattr__ would look for parameters and buffers of these names.
+    # Not by plain assignment: Module.__setattr__ would search parameters and buffers for these names.
     object.__setattr__(module, "__class__", cls)
     object.__setattr__(module, "__dict__", state)
 
 
-def _find(
+def _choose(
     model: nn.Module,
     cls: type[nn.Module],
     filter_fn: Filter | None,
     target_modules: Names | None,
 ) -> list[SwapCandidate]:
-    """Every ``cls`` in the model that was chosen, of whatever make."""
+    """Return every ``cls`` in the model that the arguments choose, subclasses included."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module, but got {model!r} ({type(model).__name__})")
     if filter_fn is not None and not callable(filter_fn):
@@ -172,7 +180,7 @@ def _find(
             f"but got {filter_fn!r} ({type(filter_fn).__name__})"
         )
     paths = _paths(model)
-    # A name may be that of a layer swapped already: twice is once.
+    # The names of layers that are swapped already are valid too, so that a second call is harmless.
     targets = None if target_modules is None else _targets(target_modules, [path for path, _ in paths])
     modules: dict[int, nn.Module] = {}
     names: dict[int, list[str]] = {}
@@ -191,27 +199,32 @@ def _find(
 def _paths(
     module: nn.Module, below: dict[int, list[tuple[str, nn.Module]]] | None = None
 ) -> list[tuple[str, nn.Module]]:
-    """Every path to an LSTM in the module, of either class and any make.
+    """Return every path to an LSTM in the module, with the LSTM: nn.LSTM, ManualLSTM, or like them.
 
-    ``named_modules(remove_duplicate=False)`` enters a module once for each path to it, and one that
-    holds itself forever. Here each is entered once, and what is below it remembered.
+    ``named_modules(remove_duplicate=False)`` enters a module once for each path to it, and never
+    ends where a module contains itself. Here each module is entered once; ``below`` keeps the paths
+    that start there.
     """
     below = {} if below is None else below
     if id(module) not in below:
-        below[id(module)] = []  # what one sees that comes back here from below
-        found = []
+        below[id(module)] = []  # for a module that contains itself and comes back here
+        paths = []
         if resembles(module, nn.LSTM) or resembles(module, ManualLSTM):
-            found.append(("", module))
+            paths.append(("", module))
         for name, child in module._modules.items():
             if child is not None:
                 lstms = _paths(child, below)
-                found += [(f"{name}.{path}" if path else name, lstm) for path, lstm in lstms]
-        below[id(module)] = found
+                paths += [(f"{name}.{path}" if path else name, lstm) for path, lstm in lstms]
+        below[id(module)] = paths
     return below[id(module)]
 
 
 def _targets(target_modules: Names, paths: list[str]) -> set[str]:
-    """The paths that ``target_modules`` names. Raises ValueError where it names none."""
+    """Return the paths that ``target_modules`` names.
+
+    Raises:
+        ValueError: one of the names matches no path, or the expression matches none.
+    """
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)

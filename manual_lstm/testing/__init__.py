@@ -1,4 +1,4 @@
-"""Test your own LSTM against nn.LSTM, with what this package tests itself with. Needs hypothesis."""
+"""Test your own LSTM against nn.LSTM, with the tools that test this package. Needs hypothesis."""
 
 import importlib.util
 

@@ -14,18 +14,17 @@ from manual_lstm.testing import Conformance, check_lstm
 
 
 def load_quantizable(layer: nn.Module, reference: nn.LSTM) -> None:
-    """Copy nn.LSTM's weights into torch.ao's quantizable.LSTM, which has other names for them."""
+    """Copy nn.LSTM's weights into torch.ao's quantizable.LSTM, which gives them other names."""
     weights = dict(layer.named_parameters())
     for name, weight in reference.named_parameters():
-        kind, which, place = name.split("_", 2)  # such as weight, ih, l0_reverse
-        number, cell = place.removeprefix("l").removesuffix("_reverse"), "fw"
-        if place.endswith("_reverse"):
-            cell = "bw"
+        kind, source, place = name.split("_", 2)  # such as weight, ih, l0_reverse
+        layer_number = place.removeprefix("l").removesuffix("_reverse")
+        cell = "bw" if place.endswith("_reverse") else "fw"
         with torch.no_grad():
-            weights[f"layers.{number}.layer_{cell}.cell.{which[0]}gates.{kind}"].copy_(weight)
+            weights[f"layers.{layer_number}.layer_{cell}.cell.{source[0]}gates.{kind}"].copy_(weight)
 
 
-# What each says that it lacks; the rest is found.
+# Where each class is, and the arguments of check_lstm: how to load it, and what it says it lacks.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantizable": (
         "torch.ao.nn.quantizable:LSTM",
@@ -39,7 +38,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def check_peer(label: str, max_examples: int = 30) -> Conformance | None:
-    """Check one of the peers, if it is installed."""
+    """Check one of the peers; return None if it is not installed."""
     path, declared = PEERS[label]
     try:
         factory = pkgutil.resolve_name(path)
@@ -48,10 +47,10 @@ def check_peer(label: str, max_examples: int = 30) -> Conformance | None:
     return check_lstm(factory, label=label, max_examples=max_examples, **declared)
 
 
-def table(found: list[Conformance]) -> str:
-    """The outcomes side by side."""
-    lines = [f"{'':<24}" + "".join(f"{report.label:<13}" for report in found)]
-    for row in zip(*(report.outcomes for report in found)):
+def side_by_side(reports: list[Conformance]) -> str:
+    """Return a table with a row for each check and a column for each report."""
+    lines = [f"{'':<24}" + "".join(f"{report.label:<13}" for report in reports)]
+    for row in zip(*(report.outcomes for report in reports)):
         lines.append(f"{row[0].name:<24}" + "".join(f"{outcome.status:<13}" for outcome in row))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -60,21 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm.testing",
-        description="Try on a class all that nn.LSTM does for its callers. Without one: on nn.LSTM, "
+        description="Try on a class all that nn.LSTM does for its callers. By default on nn.LSTM, "
         "ManualLSTM, torch.ao's quantizable.LSTM and Opacus' DPLSTM.",
     )
     parser.add_argument("name", nargs="?", help="the class, as package.module:Class")
     parser.add_argument("--lacks", nargs="+", default=[], metavar="ROW", help="what the class lacks")
     parser.add_argument("--examples", type=int, default=30, help="how many cases a row draws")
     arguments = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # the peers' deprecations
+    warnings.simplefilter("ignore")  # of deprecations in the peers
     if arguments.name is None:
         ours = [
             check_lstm(nn.LSTM, label="nn.LSTM", max_examples=arguments.examples),
             check_lstm(ManualLSTM, max_examples=arguments.examples),
         ]
         peers = [check_peer(label, arguments.examples) for label in PEERS]
-        print(table(ours + [peer for peer in peers if peer is not None]))
+        print(side_by_side(ours + [peer for peer in peers if peer is not None]))
         for label, peer in zip(PEERS, peers):
             if peer is None:
                 print(f"{label} is not installed: {PEERS[label][0]}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Whole cases, drawn: a constructor, an input, a state, a dtype, a device, a mode."""
+"""Draw whole cases: constructor arguments, input, initial states, dtype, device and mode."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ if torch.backends.mps.is_available():
 
 Input = Tensor | PackedSequence
 State = tuple[Tensor, Tensor]
-# What makes a layer: a class with nn.LSTM's arguments, or a function of them.
+# Makes a layer: a class with nn.LSTM's arguments, or a function of them.
 Factory = Callable[..., nn.Module]
-# What gives a layer (the first argument) the weights of an nn.LSTM (the second).
+# Gives a layer (the first argument) the weights of an nn.LSTM (the second).
 Load = Callable[[nn.Module, nn.LSTM], object]
 
-# nn.LSTM's arguments but for the sizes, and their defaults.
+# nn.LSTM's arguments and their defaults, without the two sizes.
 OPTIONS: dict[str, Any] = {
     "num_layers": 1,
     "bias": True,
@@ -33,34 +33,35 @@ OPTIONS: dict[str, Any] = {
 }
 FORMS = ("dense", "unbatched", "packed", "packed unsorted", "packed by hand")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
-# What a layer may lack. "packed" is all three of its forms, "strides" every layout but the first.
+# What a layer may lack. "packed" stands for all three packed forms, "strides" for every layout that
+# is not contiguous.
 FEATURES = (*OPTIONS, "hx", *FORMS[1:], "batch of 0", "strides")
 
 
 def load_state_dict(layer: nn.Module, reference: nn.LSTM) -> None:
-    """Give ``layer`` the weights of ``reference``, by nn.LSTM's names."""
+    """Load the weights of ``reference`` into ``layer``, which must name them as nn.LSTM does."""
     layer.load_state_dict(reference.state_dict())
 
 
 @dataclass
 class Case:
-    """One drawn case: all that a layer is made of, called with and run in.
+    """A drawn case: how to make a layer, what to call it with, and in which dtype, device and mode.
 
-    Tensors are made from ``seed``, so a failing case prints short, and what is printed makes it
-    again. Every call makes equal ones.
+    Tensors are drawn from ``seed``. So the printed case is short, and evaluating it makes the case
+    again. Every call makes equal tensors.
 
     Args:
-        options: nn.LSTM's arguments from ``input_size`` to ``proj_size``, all of them, by name.
+        options: all of nn.LSTM's arguments from ``input_size`` to ``proj_size``, by name.
         form: ``"dense"``, ``"unbatched"``, ``"packed"``, ``"packed unsorted"`` or ``"packed by
             hand"`` (a PackedSequence of data and batch_sizes alone).
-        lengths: the steps of each sequence. A dense input's are T, B times.
+        lengths: the number of steps of each sequence. For dense input, B times T.
         layout: how the input lies in memory: ``"contiguous"``, ``"transposed"``, ``"expanded"``
             or ``"sliced"``.
-        with_hx: whether initial states are given.
+        with_hx: whether the layer is called with initial states.
         training: whether the layer is in training mode.
         dtype: of parameters, input and states.
-        device: of the same.
-        seed: what parameters, input, states and dropout are drawn from.
+        device: of the same tensors.
+        seed: the seed for parameters, input, states and dropout.
 
     Example:
         >>> case = Case({"input_size": 3, "hidden_size": 4, **OPTIONS}, "dense", [5, 5])
@@ -82,15 +83,15 @@ class Case:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that are not nn.LSTM's defaults: a class never sees an option it lacks."""
+        """The options that differ from nn.LSTM's defaults, so that a class may lack the others."""
         return {name: self.options[name] for name in OPTIONS if self.options[name] != OPTIONS[name]}
 
     def layer(self, factory: Factory) -> nn.Module:
         """Make the layer of this case, its parameters drawn from the seed.
 
         Args:
-            factory: is called with the two sizes, then by name with the options that are not at
-                their default, ``dtype`` and ``device``.
+            factory: is called with the two sizes, and by name with the options in :attr:`given`,
+                ``dtype`` and ``device``.
         """
         torch.manual_seed(self.seed)
         sizes = self.options["input_size"], self.options["hidden_size"]
@@ -98,17 +99,23 @@ class Case:
         return layer.train(self.training)
 
     def pair(self, factory: Factory, load: Load = load_state_dict) -> tuple[nn.LSTM, nn.Module]:
-        """Make an nn.LSTM, and the layer of ``factory`` with its weights."""
+        """Make an nn.LSTM and the layer of ``factory``, with the same weights."""
         reference, layer = self.layer(nn.LSTM), self.layer(factory)
         assert isinstance(reference, nn.LSTM)
         load(layer, reference)
         return reference, layer
 
     def randn(self, *shape: int) -> Tensor:
+        """Draw a tensor of the case's dtype and device; in float64, so that dtypes agree."""
         return torch.randn(*shape, dtype=torch.float64).to(dtype=self.dtype, device=self.device)
 
     def input(self) -> Input:
-        """The input, in the case's form and layout."""
+        """Make the input, in the case's form and layout.
+
+        Returns:
+            A tensor ``[T, B, I]``, ``[B, T, I]`` with batch_first, or ``[T, I]`` unbatched; or a
+            PackedSequence with data ``[N, I]``.
+        """
         torch.manual_seed(self.seed + 1)
         features = self.options["input_size"]
         if self.form == "dense":
@@ -127,7 +134,7 @@ class Case:
         return packed
 
     def _lay_out(self, x: Tensor) -> Tensor:
-        """Put ``x`` in memory as the layout says; expanded, all steps are the first."""
+        """Return ``x`` in the layout of the case. An expanded tensor repeats its first row."""
         if self.layout == "transposed":
             return x.transpose(0, 1).contiguous().transpose(0, 1)
         if self.layout == "expanded":
@@ -137,7 +144,7 @@ class Case:
         return x
 
     def hx(self) -> State | None:
-        """The initial states h_0 and c_0, or ``None``."""
+        """Make h_0 ``[L * D, B, P or H]`` and c_0 ``[L * D, B, H]``, or return None."""
         if not self.with_hx:
             return None
         torch.manual_seed(self.seed + 2)
@@ -161,20 +168,23 @@ def cases(
 
     Args:
         dtypes: the dtypes to draw from.
-        devices: the devices to draw from; all that this machine has, unless said otherwise.
+        devices: the devices to draw from; by default all that this machine has.
         without: what to leave out: ``"num_layers"``, ``"bias"``, ``"batch_first"``, ``"dropout"``,
             ``"bidirectional"``, ``"proj_size"``, ``"hx"``, ``"dense"``, ``"unbatched"``,
             ``"packed"`` (all its forms), ``"packed unsorted"``, ``"packed by hand"``,
             ``"batch of 0"``, ``"strides"``.
-        always: the options, or ``"hx"``, that every case is to have, not at their default. Dropout
-            takes two layers: ``{"num_layers", "dropout"}``. What is in both is left out.
-        large: small sizes are likelier, but H and I reach 70, B 40 and T 60. Otherwise 6, 5 and 5.
+        always: the options, or ``"hx"``, that every case must have with another value than the
+            default. Dropout needs two layers: ``{"num_layers", "dropout"}``. A name that is also in
+            ``without`` is left out.
+        large: if true, H and I reach 70, B 40 and T 60, though small sizes are more likely. Otherwise
+            they reach 6, 5 and 5.
 
-    Dropout is left out on other devices than CPU, where kernels draw their own numbers, and MPS gets
-    no double precision, which it has not.
+    There is no dropout on devices other than the CPU, whose kernels draw other random numbers. There
+    is no double precision on MPS, which does not support it.
 
     Raises:
-        ValueError: ``without`` or ``always`` names something else, or leaves no form of input.
+        ValueError: ``without`` or ``always`` contains another name, or ``without`` leaves no form of
+            input.
 
     Example:
         >>> from hypothesis import given
@@ -220,7 +230,7 @@ def cases(
     T = st.integers(1, 7) | st.integers(1, 60) if large else st.integers(1, 5)
     B = draw(st.integers(1, 5) | st.integers(1, 40) if large else st.integers(1, 5))
     forms = _forms(without)
-    # Twice as often: of all forms it has the most ways to go wrong.
+    # This form is drawn twice as often, because a layer can handle it wrongly in the most ways.
     form = draw(st.sampled_from(forms + forms.count("packed unsorted") * ["packed unsorted"]))
     if form == "dense":
         lengths = [draw(T)] * draw(st.sampled_from([B] if "batch of 0" in without else [B, B, B, B, 0]))
@@ -242,6 +252,6 @@ def cases(
 
 
 def _forms(without: Collection[str]) -> list[str]:
-    """The forms of input that are left."""
+    """Return the forms of input that are left."""
     packed = "packed" not in without
     return [form for form in FORMS if form not in without and (packed or not form.startswith("packed"))]

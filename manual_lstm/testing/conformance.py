@@ -1,4 +1,4 @@
-"""``check_lstm``: what nn.LSTM does for its callers, tried on any class that claims to do it."""
+"""``check_lstm``: try on any class what nn.LSTM does for its callers."""
 
 import traceback
 import unittest
@@ -15,17 +15,18 @@ from manual_lstm.testing.cases import FEATURES, Factory, Load, load_state_dict
 from manual_lstm.testing.probes import BEYOND, IMPLIED, PROBES, Subject
 
 OK = "ok"
-LACKS = "lacks"  # declared: the class does not have it
-DIFFERS = "differs"  # declared: the class does it in another way
-AS_OFFICIAL = "as nn.LSTM"  # the class does not go beyond nn.LSTM here
+LACKS = "lacks"  # the caller declared that the class lacks it
+DIFFERS = "differs"  # the caller declared that the class does it in another way
+AS_OFFICIAL = "as nn.LSTM"  # the class fails here as nn.LSTM does
 FAILS = "FAILS"
 
+# The rows whose feature the other rows can leave out, when the class lacks it or fails at it.
 _SEPARABLE = {*FEATURES, "float64", "parameters"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check."""
+    """The result of one check."""
 
     name: str
     status: str
@@ -35,22 +36,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table; called, it is a test."""
+    """One row of the table. Calling it runs it as a test."""
 
     name: str
     subject: Subject
     lacks: bool = False
-    accepted: str | None = None  # why the class may differ here
+    accepted: str | None = None  # the reason why the class may differ here
 
     def __str__(self) -> str:
         return self.name
 
     def __call__(self) -> None:
-        """Raise what the check raised.
+        """Run the check, and raise what it raised.
 
         Raises:
-            unittest.SkipTest: the class lacks this, differs here, as declared, or does not go beyond
-                nn.LSTM. pytest shows the reason.
+            unittest.SkipTest: the class lacks this or differs here, as declared, or fails as nn.LSTM
+                does. pytest shows the reason.
         """
         outcome = self.run()
         if outcome.status == FAILS and outcome.error is not None:
@@ -59,23 +60,23 @@ class Check:
             raise unittest.SkipTest(f"{outcome.status}: {outcome.note}")
 
     def run(self) -> Outcome:
-        """Run the check; random numbers drawn elsewhere are not touched."""
+        """Run the check, and leave the state of the random number generators as it was."""
         if self.lacks:
             return Outcome(self.name, LACKS, "declared")
-        error = _try(self.name, self.subject)
+        error = _run_probe(self.name, self.subject)
         if error is None:
             stale = "" if self.accepted is None else "declared to differ, and does not"
             return Outcome(self.name, OK, stale)
         if self.accepted is not None:
             return Outcome(self.name, DIFFERS, self.accepted, error)
-        # An answer is a promise: a wrong one is no better for nn.LSTM's having none.
-        if self.name in BEYOND and type(error) is type(_try(self.name, Subject(nn.LSTM))):
+        # Only the same exception is excused. A wrong result is a failure even where nn.LSTM raises.
+        if self.name in BEYOND and type(error) is type(_run_probe(self.name, Subject(nn.LSTM))):
             return Outcome(self.name, AS_OFFICIAL, _first_line(error), error)
         return Outcome(self.name, FAILS, _first_line(error), error)
 
 
-def _try(name: str, subject: Subject) -> Exception | None:
-    """Run a probe and return what it raised."""
+def _run_probe(name: str, subject: Subject) -> Exception | None:
+    """Run a probe, and return the exception that it raised, or None."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,33 +94,33 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Conformance:
-    """What came of every check; printed, it is a table."""
+    """The results of all checks. ``str`` makes a table of them."""
 
     label: str
     outcomes: list[Outcome]
 
     @property
     def failures(self) -> list[Outcome]:
-        """The checks that failed and were not declared."""
+        """The outcomes of the checks that failed without being declared."""
         return [outcome for outcome in self.outcomes if outcome.status == FAILS]
 
     @property
     def passed(self) -> bool:
-        """Whether all that was not declared holds."""
+        """Whether no check failed without being declared."""
         return not self.failures
 
     def raise_for_failures(self) -> None:
-        """Do nothing if all that was not declared holds.
+        """Raise if a check failed without being declared.
 
         Raises:
-            AssertionError: with the table, and below it each failure in full.
+            AssertionError: the message holds the table, and below it each failure in full.
         """
         if not self.passed:
-            whole = [
-                f"{each.name}: {''.join(traceback.format_exception_only(each.error)).strip()}"
-                for each in self.failures
+            details = [
+                f"{failure.name}: {''.join(traceback.format_exception_only(failure.error)).strip()}"
+                for failure in self.failures
             ]
-            raise AssertionError("\n\n".join([str(self), *whole])) from self.failures[0].error
+            raise AssertionError("\n\n".join([str(self), *details])) from self.failures[0].error
 
     def __str__(self) -> str:
         counts = Counter(outcome.status for outcome in self.outcomes)
@@ -127,7 +128,7 @@ class Conformance:
         for outcome in self.outcomes:
             note = outcome.note if len(outcome.note) <= 90 else outcome.note[:87] + "..."
             lines.append(f"  {outcome.name:<24}{outcome.status:<12}{note}".rstrip())
-        failed = [each.name for each in self.failures if each.name in _SEPARABLE]
+        failed = [failure.name for failure in self.failures if failure.name in _SEPARABLE]
         if failed:
             lines.append(f"  (left out of the rows below its own: {', '.join(failed)})")
         return "\n".join(lines)
@@ -141,7 +142,7 @@ def lstm_checks(
     accepts: Mapping[str, str] | None = None,
     max_examples: int = 30,
 ) -> list[Check]:
-    """The checks of :func:`check_lstm`, one by one, for a parametrized test.
+    """Return the checks of :func:`check_lstm` as a list, for a parametrized test.
 
     Example:
         >>> import pytest
@@ -158,13 +159,13 @@ def lstm_checks(
     lacks = {*lacks, *chain.from_iterable(IMPLIED.get(name, ()) for name in lacks)}
     subject = Subject(factory, load, frozenset(lacks), max_examples)
     return [
-        Check(name, subject.but(*_apart(name, accepts)), name in lacks, accepts.get(name))
+        Check(name, subject.lacking(*_can_leave_out(name, accepts)), name in lacks, accepts.get(name))
         for name in PROBES
     ]
 
 
-def _apart(row: str, names: Collection[str]) -> list[str]:
-    """Which of these options and forms the row can do without: not what it is about."""
+def _can_leave_out(row: str, names: Collection[str]) -> list[str]:
+    """Return those of the names that a row can leave out because it is not about them."""
     return [
         name
         for name in names
@@ -183,30 +184,33 @@ def check_lstm(
 ) -> Conformance:
     """Try on a class everything that nn.LSTM does for its callers.
 
-    Each check is one row of the table that comes back: the options one by one and all together,
-    every form of input, dtypes, strides, dropout, the exceptions, parameters and checkpoints, the
-    manners of a Module. Values and gradients are held against nn.LSTM's by
-    :func:`assert_same_layer` on cases drawn by hypothesis, always the same ones.
+    Each check is one row of the returned table: each option alone and all together, every form of
+    input, dtypes, strides, dropout, the exceptions, parameters and checkpoints, and what every Module
+    can do. Values and gradients are compared with nn.LSTM's by :func:`assert_same_layer`, on cases
+    that hypothesis draws. The cases are the same in every run.
 
-    What the class does not have is declared, and then shown. It is left out of all other rows too,
-    as is an option or a form of input that has failed in its own.
+    Declare in ``lacks`` what the class does not have. The table shows it, and all other rows leave it
+    out. An option or a form of input that failed in its own row is left out of the others too.
 
     Args:
         factory: the class, or a function with nn.LSTM's arguments that makes the layer.
-        load: gives the layer the weights of an nn.LSTM. Without it they are loaded as a state dict.
-        lacks: rows that are not run, because the class lacks what they try. ``"dtype"`` and
-            ``"device"``, as arguments, are then replaced by ``.to()``; without ``"float64"`` all is
-            compared in float32, and without ``"parameters"`` no gradient of a parameter.
+        load: gives the layer the weights of an nn.LSTM. By default they are loaded as a state dict.
+        lacks: rows that are not run, because the class lacks what they try. If it contains
+            ``"dtype"`` or ``"device"``, these arguments are replaced by ``.to()``. If it contains
+            ``"float64"``, everything is compared in float32. If it contains ``"parameters"``, no
+            gradient of a parameter is compared.
         accepts: rows that may fail, and the reason why.
-        max_examples: how many cases a row draws; that of all options together, four times as many.
-        label: what to call the class in the table.
+        max_examples: how many cases a row draws. The row of all options together draws four times as
+            many.
+        label: the name of the class in the table.
 
     Returns:
-        The outcomes. ``print`` shows them, ``.passed`` sums them up, ``.raise_for_failures()`` makes
-        a test of them.
+        The outcomes. ``print`` shows them, ``.passed`` says whether all is well, and
+        ``.raise_for_failures()`` makes a test of them.
 
     Raises:
-        ValueError: ``lacks`` or ``accepts`` names no row; the message has them all.
+        ValueError: ``lacks`` or ``accepts`` contains a name that is not a row; the message lists the
+            rows.
 
     Example:
         >>> report = check_lstm(nn.LSTM, max_examples=1)
@@ -222,8 +226,8 @@ def check_lstm(
     name = label or str(getattr(factory, "__name__", factory))
     outcomes: list[Outcome] = []
     for check in checks:
-        # What has failed by itself fails no other row.
-        failed = [each.name for each in outcomes if each.status == FAILS]
-        subject = check.subject.but(*_apart(check.name, failed))
+        # What failed in its own row is left out of the rows below, so that one fault fails one row.
+        failed = [outcome.name for outcome in outcomes if outcome.status == FAILS]
+        subject = check.subject.lacking(*_can_leave_out(check.name, failed))
         outcomes.append(replace(check, subject=subject).run())
     return Conformance(name, outcomes)

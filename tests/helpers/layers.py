@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from manual_lstm import ManualLSTM, Unrolled
-from manual_lstm.testing.comparing import data
+from manual_lstm.check.parity import data_of
 from tests.helpers.equations import Made
 
 DEEP: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 3}
@@ -37,5 +37,5 @@ FIELDS = Made._fields  # of a step; Unrolled's have the same names
 
 def fields(unrolled: Unrolled) -> list[Tensor]:
     """Every tensor that there is."""
-    made = [data(part) for name in FIELDS for part in getattr(unrolled, name)]
-    return [data(unrolled.output), *unrolled.states, *made]
+    made = [data_of(part) for name in FIELDS for part in getattr(unrolled, name)]
+    return [data_of(unrolled.output), *unrolled.states, *made]

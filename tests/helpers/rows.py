@@ -5,21 +5,21 @@ from typing import Any
 
 import pytest
 
-from manual_lstm.report.row import Missing, Row, Setting
+from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 
 
-def run_row(row: Row, setting: Setting) -> None:
+def run_row(row: ReportRow, setting: Setting) -> None:
     """Run a row's check, or skip where the machine lacks what it needs."""
     if row.missing():
         pytest.skip(f"needs {', '.join(row.missing())}")
     try:
         row.run(setting)
-    except Missing as error:
+    except MissingRequirement as error:
         pytest.skip(f"needs {error}")
 
 
 def row_grid(
-    rows: Iterable[Row], settings: Mapping[str, dict[str, Any]], few: tuple[str, str]
+    rows: Iterable[ReportRow], settings: Mapping[str, dict[str, Any]], few: tuple[str, str]
 ) -> Iterator[Any]:
     """A test's parameters: a row, options, and whether the input is packed; all but a sample slow.
 

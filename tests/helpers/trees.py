@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from manual_lstm.check.parity import LSTM
+from manual_lstm.check.parity import EitherLSTM
 
 # Each registers a hook that tells the log of its call.
 HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
@@ -78,7 +78,7 @@ class Tree:
         results: dict[str, Tensor] = {}
         torch.manual_seed(self.seed)
         for k, lstm in enumerate(self.lstms):
-            layer: LSTM = lstm  # type: ignore[assignment]
+            layer: EitherLSTM = lstm  # type: ignore[assignment]
             x = torch.randn(
                 3, 2, layer.input_size, dtype=layer.all_weights[0][0].dtype
             ).requires_grad_()
