@@ -1,14 +1,17 @@
 """The LSTM you can open: a drop-in replacement for torch.nn.LSTM, written as a gate loop."""
 
 from manual_lstm.cell import Step, gates, output_step
+from manual_lstm.engine.context import plain_loop
+from manual_lstm.engine.custom import CellWeights
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
 from manual_lstm.swap import SwapCandidate, find_lstm, replace_lstm, restore_lstm
-from manual_lstm.unrolled import CellWeights, Unrolled
+from manual_lstm.unrolled import Unrolled
 
 __all__ = [
     "ManualLSTM",
     "lstm_forward",
+    "plain_loop",
     "replace_lstm",
     "restore_lstm",
     "find_lstm",

@@ -1,4 +1,23 @@
-"""One time step of the LSTM: the six equations, and nothing else."""
+r"""One time step of the LSTM in three forms: the textbook's, the same into buffers, and its derivative.
+
+All mathematics of a step is in this file. Write :math:`a = W_{ih} x_t + W_{hh} h_{t-1} + b` for what
+the four gates are made of. A step is then
+
+.. math::
+    i = \sigma(a_i),\; f = \sigma(a_f),\; g = \tanh(a_g),\; o = \sigma(a_o),\quad
+    c_t = f \odot c_{t-1} + i \odot g,\quad m_t = o \odot \tanh(c_t),\quad
+    h_t = m_t \text{ or, projected, } W_{hr} m_t
+
+- :func:`lstm_cell` is the textbook form. Plain loops call it, and autograd differentiates it.
+- :func:`lstm_cell_out` writes the same step into buffers. The fused loop calls it.
+- :func:`lstm_cell_derivatives` and :func:`lstm_cell_backward` are its derivative. The backward of the
+  fused loop calls them.
+
+Whoever changes an equation changes it in each form.
+
+Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000. The projection is that of Sak
+et al. 2014 (https://arxiv.org/abs/1402.1128).
+"""
 
 from typing import NamedTuple
 
@@ -29,11 +48,8 @@ def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: T
         c' &= f \odot c + i \odot g \\
         h' &= o \odot \tanh(c') \quad\text{or, projected,}\quad W_{hr} (o \odot \tanh(c'))
 
-    The terms with :math:`x_t` and both biases do not depend on the state: the loop computes
-    them for all steps in one product and hands them over as ``x_t``.
-
-    Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection is
-    that of Sak et al. 2014 (https://arxiv.org/abs/1402.1128).
+    The terms with :math:`x_t` and both biases do not depend on the state. The loop computes
+    them for all steps in one product and passes them as ``x_t``.
 
     Args:
         x_t: the projected input of this step, ``[b, 4H]``, gates in the order i, f, g, o.
@@ -51,7 +67,7 @@ def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: T
 
 
 def gates(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Make the gates i, f, g and o of what they are made of: :math:`\sigma, \sigma, \tanh, \sigma`.
+    r"""Return the gates i, f, g and o: :math:`\sigma(a_i), \sigma(a_f), \tanh(a_g), \sigma(a_o)`.
 
     Args:
         a: ``[b, 4H]``, in the order i, f, g, o.
@@ -74,7 +90,126 @@ def output_step(
         weight_hr: ``[P, H]``, or ``None`` without a projection.
 
     Returns:
-        The whole step. What differs in a cell of your own, ``_replace`` puts into it.
+        The whole step. A cell of your own replaces what differs with ``_replace``.
     """
     m = o * torch.tanh(c)
     return Step(i, f, g, o, c, m, m if weight_hr is None else torch.mm(m, weight_hr.t()))
+
+
+def lstm_cell_out(
+    c: Tensor,
+    weight_hr: Tensor | None,
+    h_out: Tensor,
+    a: Tensor,
+    a_g: Tensor,
+    tanh_c: Tensor,
+    ifgo: Tensor,
+    i: Tensor,
+    f: Tensor,
+    g: Tensor,
+    o: Tensor,
+    c_out: Tensor,
+) -> Tensor:
+    """Take the same step as :func:`lstm_cell`, into buffers.
+
+    Args:
+        c: the cell state before this step, ``[b, H]``. It may be ``c_out``.
+        weight_hr: ``[P, H]``, or ``None`` without a projection.
+        h_out: receives the hidden state after this step, ``[b, P or H]``.
+        a: what the gates are made of, ``[4, b, H]``.
+        a_g: its part for the cell gate, ``[b, H]``.
+        tanh_c: receives tanh of the cell state after this step, ``[b, H]``.
+        ifgo: receives the four gates, ``[4, b, H]``.
+        i, f, g, o: the views of ``ifgo``, ``[b, H]`` each.
+        c_out: receives the cell state after this step, ``[b, H]``.
+
+    Returns:
+        ``c_out``.
+    """
+    torch.sigmoid(a, out=ifgo)  # one call for all four is faster than two; the next line rewrites g
+    torch.tanh(a_g, out=g)
+    torch.mul(f, c, out=c_out).addcmul_(i, g)
+    torch.tanh(c_out, out=tanh_c)
+    if weight_hr is None:
+        torch.mul(o, tanh_c, out=h_out)
+    else:
+        torch.mm(o * tanh_c, weight_hr.t(), out=h_out)
+    return c_out
+
+
+def output_again(o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute tanh(c) and m = o tanh(c) once more, for a backward that has kept only o and c.
+
+    Args:
+        o: output gates, ``[n, H]``.
+        c: cell states after their steps, ``[n, H]``.
+    """
+    tanh_c = torch.tanh(c)
+    return tanh_c, o * tanh_c
+
+
+def lstm_cell_derivatives(
+    i: Tensor,
+    f: Tensor,
+    g: Tensor,
+    o: Tensor,
+    c_before: Tensor,
+    tanh_c: Tensor,
+    da: Tensor,
+    dm_to_dc: Tensor,
+) -> None:
+    r"""Write the factors of a step's derivative that do not depend on the loss.
+
+    With :math:`\sigma' = \sigma (1 - \sigma)` and :math:`\tanh' = 1 - \tanh^2` they are
+
+    .. math::
+        \frac{\partial c_t}{\partial a_i} = g \; i (1 - i),\quad
+        \frac{\partial c_t}{\partial a_f} = c_{t-1} \; f (1 - f),\quad
+        \frac{\partial c_t}{\partial a_g} = i \; (1 - g^2),\quad
+        \frac{\partial m_t}{\partial a_o} = \tanh(c_t) \; o (1 - o),\quad
+        \frac{\partial m_t}{\partial c_t} = o (1 - \tanh^2 c_t)
+
+    They need only what the forward has kept, so one call serves the n rows of many steps. For complex
+    numbers every factor is conjugated.
+
+    Args:
+        i, f, g, o: the gates, ``[n, H]`` each.
+        c_before: the cell states before the steps, ``[n, H]``.
+        tanh_c: tanh of the cell states after the steps, ``[n, H]``.
+        da: receives the first four, ``[n, 4H]``.
+        dm_to_dc: receives the last, ``[n, H]``.
+    """
+    da_i, da_f, da_g, da_o = da.chunk(4, 1)  # four times [n, H]
+    # sigmoid_backward(d, y) is d y (1 - y), tanh_backward(d, y) is d (1 - y * y), both conjugate y.
+    torch.ops.aten.sigmoid_backward.grad_input(g.conj(), i, grad_input=da_i)
+    torch.ops.aten.sigmoid_backward.grad_input(c_before.conj(), f, grad_input=da_f)
+    torch.ops.aten.tanh_backward.grad_input(i.conj(), g, grad_input=da_g)
+    torch.ops.aten.sigmoid_backward.grad_input(tanh_c.conj(), o, grad_input=da_o)
+    torch.ops.aten.tanh_backward.grad_input(o.conj(), tanh_c, grad_input=dm_to_dc)
+
+
+def lstm_cell_backward(
+    d_m: Tensor, d_c: Tensor, da_ifg: Tensor, da_o: Tensor, dm_to_dc: Tensor, f_conj: Tensor
+) -> None:
+    r"""Go back through one step, in place: the chain rule from the step's last line to its first.
+
+    .. math::
+        \delta c_t &\mathrel{+}= \delta m_t \; \partial m_t / \partial c_t \\
+        \delta a_{i,f,g} &= \delta c_t \; \partial c_t / \partial a_{i,f,g},\quad
+        \delta a_o = \delta m_t \; \partial m_t / \partial a_o \\
+        \delta c_{t-1} &= \delta c_t \; f
+
+    where :math:`\delta z` is the gradient of the loss by z.
+
+    Args:
+        d_m: the gradient of m, ``[b, H]``: that of h, or :math:`W_{hr}^T` times it.
+        d_c: the gradient of c from the step after this one, ``[b, H]``. Becomes that of the c before.
+        da_ifg: factors by :func:`lstm_cell_derivatives`, ``[b, 3, H]``. Becomes a's gradient.
+        da_o: the same for the output gate, ``[b, H]``.
+        dm_to_dc: the factor from m to c, ``[b, H]``.
+        f_conj: the forget gate, conjugated, ``[b, H]``.
+    """
+    d_c.addcmul_(d_m, dm_to_dc)
+    da_ifg.mul_(d_c.unsqueeze(1))
+    da_o.mul_(d_m)
+    d_c.mul_(f_conj)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from manual_lstm.engine.stack import loop_for
+from manual_lstm.engine.stack import run_stack
 
 
 def lstm_forward(
@@ -55,9 +55,12 @@ def lstm_forward(
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name} should be of shape {shape}, but got {list(tensor.shape)}")
 
-    bias = b_ih + b_hh if b_ih is not None and b_hh is not None else (b_hh if b_ih is None else b_ih)
+    weights = {"weight_ih": w_ih, "weight_hh": w_hh}
+    if b_ih is not None or b_hh is not None:  # one of them is enough
+        zeros = w_hh.new_zeros(w_hh.size(0))
+        weights["bias_ih"] = zeros if b_ih is None else b_ih
+        weights["bias_hh"] = zeros if b_hh is None else b_hh
     x = input.transpose(0, 1)  # [T, B, I]
-    run = loop_for(len(x), [x, h_0, c_0, w_ih, w_hh, bias])
-    output, h_n, c_n = run(x, None, h_0, c_0, w_ih, w_hh, bias, None, reverse=False)
+    answer = run_stack(x, None, h_0.unsqueeze(0), c_0.unsqueeze(0), [weights], D=1)
     # Contiguous like the notebook's, whose readers call .view on it.
-    return output.transpose(0, 1).contiguous(), (h_n.unsqueeze(0), c_n.unsqueeze(0))
+    return answer.output.transpose(0, 1).contiguous(), (answer.h_n, answer.c_n)

@@ -1,7 +1,7 @@
-"""ManualLSTM: what nn.LSTM promises its callers, around the loop.
+"""ManualLSTM: parameters, construction, and what a subclass may override.
 
-Arguments are checked and shapes normalised once on the way in and given back once on the way out.
-Behind this file there are only steps: ``[T, B, features]``, or packed ``[N, features]``.
+A call goes through the door (``inputs.py``), the stack of layers and directions (``engine/stack.py``),
+and out by the door again.
 """
 
 import math
@@ -9,8 +9,6 @@ import numbers
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import chain, pairwise
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -20,14 +18,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.engine.context import is_tracing
+from manual_lstm.engine.context import is_compiling, is_tracing
 from manual_lstm.engine.convert import manual_state, official_state, settle, why_not
-from manual_lstm.engine.dtypes import answer_dtypes, autocast, autocast_dtype, compute_dtype
-from manual_lstm.engine.nested import Jagged
-from manual_lstm.engine.opacus import SampleLoop, active_owner, attach, opacus_owner
-from manual_lstm.engine.stack import DirectionWeights, lstm_stack
+from manual_lstm.engine.custom import CellWeights, prepare_custom
+from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_owner
+from manual_lstm.engine.stack import NOTHING_MORE, Wishes, run_stack
+from manual_lstm.inputs import Inputs, enter
 from manual_lstm.loop import project
-from manual_lstm.unrolled import CellWeights, OpenLoop, Unrolled
+from manual_lstm.unrolled import Unrolled
 
 _Layer = TypeVar("_Layer", bound="ManualLSTM")
 
@@ -99,9 +97,13 @@ class ManualLSTM(nn.Module):
         >>> _ = nn.LSTM(10, 20, num_layers=2).load_state_dict(layer.state_dict())
     """
 
-    # For each layer and direction the cell's own parameters, by the names that the cell has for them.
+    # A new option needs: an argument of __init__ with its check in _check_arguments, an attribute set
+    # below, its part in extra_repr, and a default here in the class. A swap copies vars(lstm) of an
+    # nn.LSTM and does not run __init__, so an attribute that only __init__ sets is missing after it.
+
+    # The cell's own parameters of each direction: their names in w, and the names of the parameters.
     _own_names: Sequence[dict[str, str]] = ()
-    # Opacus' hooks, by their handles.
+    # The objects of Opacus whose hooks were registered, by the ids of their handles.
     _sample_hooks: dict[int, Any] | None = None
 
     mode: str
@@ -141,7 +143,7 @@ class ManualLSTM(nn.Module):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
 
-        # By name, because a parametrized, pruned or replicated weight is no Parameter of ours.
+        # By name, because a parametrized, pruned or replicated weight is not in self._parameters.
         self._weight_names: list[list[str]] = []  # L * D lists
         for layer in range(num_layers):
             for suffix in ["", "_reverse"] if bidirectional else [""]:
@@ -281,26 +283,26 @@ class ManualLSTM(nn.Module):
         return output, states
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """As :meth:`torch.nn.Module.register_forward_hook`; for Opacus' hooks see ``private.py``."""
+        """As :meth:`torch.nn.Module.register_forward_hook`; for Opacus' hooks see ``opacus.py``."""
         owner = opacus_owner(hook)
         if owner is None:
             return super().register_forward_hook(hook, **options)
         return attach(self, owner)
 
     def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As :meth:`torch.nn.Module.register_full_backward_hook`, but for Opacus' hooks, as above."""
+        """As :meth:`torch.nn.Module.register_full_backward_hook`; for Opacus' see ``opacus.py``."""
         if opacus_owner(hook) is None:
             return super().register_full_backward_hook(hook, prepend)
-        return RemovableHandle(OrderedDict())  # the forward one has said it all
+        return RemovableHandle(OrderedDict())  # register_forward_hook has noted its owner already
 
     def unroll(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> Unrolled:
         """Run the layer, and return its gates and states at every step with its answer.
 
-        Everything is differentiable. The numbers are those of :meth:`forward`, to the last digit or
-        but one: that may take the fused operator, this takes the plain loop. Hooks on the layer do not
-        see the call.
+        Everything is differentiable. The numbers are those of :meth:`forward` to the last digit or
+        two: :meth:`forward` may take the fused operator, this takes the plain loop. Hooks on the layer
+        do not see the call.
 
         Args:
             input: as for :meth:`forward`.
@@ -325,175 +327,60 @@ class ManualLSTM(nn.Module):
         return Unrolled(output, states, *(tuple(part) for part in zip(*kept)))
 
     def _call(
-        self,
-        input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None,
-        keep: bool,
-        order: tuple[Tensor, int] | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], list[list[Any]]]:
-        """Run the layer: the output, the states, and with ``keep`` each direction's steps.
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, keep: bool
+    ) -> tuple[Any, tuple[Tensor, Tensor], list[list[Any]]]:
+        """Run the layer: the output, the states, and with ``keep`` each direction's steps."""
+        inputs = enter(self, input, hx, self._weights())
+        with inputs.without_autocast():
+            answer = run_stack(
+                inputs.x,
+                inputs.batch_sizes,
+                inputs.h_0,
+                inputs.c_0,
+                inputs.weights,
+                D=2 if self.bidirectional else 1,
+                dropout=self.dropout if self.training else 0.0,
+                wishes=self._wishes(inputs, keep),
+            )
+        return inputs.leave(answer)
 
-        Args:
-            order: which of how many samples the sequences of a packed input are.
+    def _weights(self) -> list[dict[str, Tensor]]:
+        """The weights of each direction by kind, and the cell's own parameters.
+
+        Each is read once, because a parametrized weight is computed at every reading.
         """
-        if isinstance(input, Tensor) and input.is_nested:
-            return self._call_nested(input, hx, keep)
-        # Each weight is read once: a parametrized one, no Parameter, is computed at every reading.
         parameters = self._parameters
-        weights: list[Tensor] = [
-            parameters[name] if name in parameters else getattr(self, name)  # type: ignore[misc]
-            for names in self._weight_names
-            for name in names
-        ]
-        if self._own_names:
-            weights += [getattr(self, name) for names in self._own_names for name in names.values()]
-        batch_dim = 0 if self.batch_first else 1
-        batched = True
-        batch_sizes = sorted_indices = unsorted_indices = None
-        if isinstance(input, PackedSequence):
-            x, batch_sizes, sorted_indices, unsorted_indices = input
-            if not is_tracing() and not torch.compiler.is_compiling():  # the sizes are data there
-                rows = _check_batch_sizes(x, batch_sizes)
-                x = x if rows == x.size(0) else x[:rows]  # nobody reads the rest
-        else:
-            x = _as_tensor(input)
-            batched = x.dim() == 3
-            if not batched:
-                x = x.unsqueeze(batch_dim)
+        weights: list[dict[str, Any]] = []
+        for names in self._weight_names:
+            w = {}
+            for name in names:
+                kind = name[: name.index("_l")]  # weight_ih of weight_ih_l0_reverse
+                w[kind] = parameters[name] if name in parameters else getattr(self, name)
+            weights.append(w)
+        for w, own in zip(weights, self._own_names):
+            w.update((kind, getattr(self, name)) for kind, name in own.items())
+        return weights
 
-        _check_input_dtype(x, weights[0], packed=batch_sizes is not None)
-        if hx is None:
-            self.check_input(x, batch_sizes)
-            h_0 = x.new_zeros(self.get_expected_hidden_size(x, batch_sizes))
-            c_0 = h_0  # never written to
-            if self.proj_size:
-                c_0 = x.new_zeros(*h_0.shape[:2], self.hidden_size)
-        else:
-            packed, indexed = batch_sizes is not None, batch_sizes is None or sorted_indices is not None
-            h_0, c_0 = _as_pair(hx, 3 if batched else 2, packed, indexed)
-            if not batched:
-                h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
-            self.check_forward_args(x, (h_0, c_0), batch_sizes)
-            h_0, c_0 = self.permute_hidden((h_0, c_0), sorted_indices)
-
-        if batch_sizes is None and self.batch_first:
-            x = x.transpose(0, 1)
-        output, h_n, c_n, kept = self._run(
-            x, batch_sizes, h_0, c_0, weights, keep, order or (sorted_indices, h_0.size(1))
-        )
-
-        def leave(sequence: Tensor) -> Any:
-            """From steps to what the caller gave."""
-            if batch_sizes is not None:
-                return PackedSequence(sequence, batch_sizes, sorted_indices, unsorted_indices)
-            if self.batch_first:
-                sequence = sequence.transpose(0, 1)
-            return sequence if batched else sequence.squeeze(batch_dim)
-
-        if batch_sizes is not None:
-            h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
-        elif not batched:
-            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
-        return leave(output), (h_n, c_n), [[leave(part) for part in step] for step in kept]
-
-    def _call_nested(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[list[Any]]]:
-        """Run the layer on a nested tensor, packed; an empty sequence keeps its states."""
-        if input.layout != torch.jagged or input.dim() != 3 or input.size(-1) != self.input_size:
-            raise ValueError(
-                f"a nested input should be [B, j, {self.input_size}] of layout torch.jagged, "
-                f"but got {list(input.shape) if input.layout == torch.jagged else input.dim()} "
-                f"of layout {input.layout}"
-            )
-        jagged = Jagged(input)
-        L, H = len(self._weight_names), self.hidden_size
-        expected_h, expected_c = (L, jagged.B, self.proj_size or H), (L, jagged.B, H)
-        if hx is None:
-            data = jagged.packed.data
-            h_0, c_0 = data.new_zeros(expected_h), data.new_zeros(expected_c)
-        else:
-            h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
-            self.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
-            self.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
-        states = self.permute_hidden((h_0, c_0), jagged.order)
-        output, (h_n, c_n), kept = self._call(
-            jagged.packed, states, keep, order=(jagged.order, jagged.B)
-        )
-        h_n = h_0.to(h_n.dtype).index_copy(1, jagged.order, h_n)
-        c_n = c_0.to(c_n.dtype).index_copy(1, jagged.order, c_n)
-        nested = [[jagged.nest(part) for part in step] for step in kept]
-        return jagged.nest(cast(PackedSequence, output)), (h_n, c_n), nested
-
-    def _run(
-        self,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor,
-        c_0: Tensor,
-        weights: list[Tensor],
-        keep: bool,
-        order: tuple[Tensor | None, int],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
-        """From steps to steps: settle the dtypes, then run the stack."""
-        tensors = [x, h_0, c_0, *weights]
-        cast_to = autocast_dtype(x.device)
-        if cast_to is not None:
-            tensors = [autocast(tensor, cast_to) for tensor in tensors]
-        self._check_alike(tensors)
-        dtype = tensors[3].dtype
-        compute = compute_dtype(dtype)
-        dropout = self.dropout if self.training else 0.0
-        if cast_to is None and compute == dtype:
-            loop = self._open_loop(weights, keep, order)
-            results = lstm_stack(x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop)
-            return *results, loop.kept if isinstance(loop, OpenLoop) else []
-
-        packed, projected = batch_sizes is not None, self.proj_size > 0
-        h_dtype, c_dtype = answer_dtypes(x, c_0, tensors[3], cast_to, packed, projected)
-        x, h_0, c_0, *weights = (tensor.to(compute) for tensor in tensors)
-        loop = self._open_loop(weights, keep, order)
-        with torch.autocast(x.device.type, enabled=False) if cast_to else nullcontext():
-            output, h_n, c_n = lstm_stack(
-                x, batch_sizes, h_0, c_0, self._layers(weights), dropout, loop
-            )
-        kept = [
-            Step(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
-            for step in (loop.kept if isinstance(loop, OpenLoop) else [])
-        ]
-        return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), kept
-
-    def _layers(self, weights: list[Tensor]) -> list[list[DirectionWeights]]:
-        """The weights by layer and direction."""
-        n = len(self._weight_names[0])
-        absent = () if self.bias else (None, None)
-        directions = [
-            DirectionWeights(weights[k], weights[k + 1], *absent, *weights[k + 2 : k + n])
-            for k in range(0, n * len(self._weight_names), n)
-        ]
-        D = 2 if self.bidirectional else 1
-        return [directions[k : k + D] for k in range(0, len(directions), D)]
-
-    def _check_alike(self, tensors: list[Tensor]) -> None:
-        """Check that all, input and states first, are on the first weight's device and of its dtype."""
-        device, dtype = tensors[3].device, tensors[3].dtype
-        for k, tensor in enumerate(tensors):
-            if tensor.dtype is dtype and tensor.device == device:
-                continue
-            name = self._argument_names()[k]
-            for what, given, expected in (
-                ("device", tensor.device, device),
-                ("dtype", tensor.dtype, dtype),
-            ):
-                if given != expected:
-                    raise RuntimeError(
-                        f"input, hx and weights should be of one {what}, that of the first weight, "
-                        f"{expected}, but got {name} of {given}"
-                    )
-
-    def _argument_names(self) -> list[str]:
-        own = (names.values() for names in self._own_names)
-        return ["input", "h_0", "c_0", *chain(*self._weight_names, *own)]
+    def _wishes(self, inputs: Inputs, keep: bool) -> Wishes:
+        """What a changed cell, kept steps or Opacus ask of the loop."""
+        changed = self._cell_is_changed()
+        owner = None if self._sample_hooks is None else active_owner(self)
+        if owner is not None:
+            if changed or keep:
+                raise NotImplementedError(
+                    "under Opacus the layer should run forward with the cell of nn.LSTM, but got "
+                    f"{'a changed cell' if changed else 'unroll'}; vmap(grad(...)) takes both"
+                )
+            parameters = [
+                {name[: name.index("_l")]: self._parameters.get(name) for name in names}
+                for names in self._weight_names
+            ]
+            return Wishes(opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.B))
+        if not changed:
+            return Wishes(keep=True) if keep else NOTHING_MORE
+        own_names = self._own_names or [{} for _ in inputs.weights]
+        own = [{kind: w[kind] for kind in names} for w, names in zip(inputs.weights, own_names)]
+        return Wishes([prepare_custom(self, parameters) for parameters in own], keep)
 
     # What a subclass with a cell of its own may override.
 
@@ -591,25 +478,6 @@ class ManualLSTM(nn.Module):
             or not _NAMES.isdisjoint(self.__dict__)
         )
 
-    def _open_loop(
-        self, weights: list[Tensor], keep: bool, order: tuple[Tensor | None, int]
-    ) -> OpenLoop | SampleLoop | None:
-        """The loop that a changed cell, kept steps or Opacus ask for; ``None`` where nothing does."""
-        changed = self._cell_is_changed()
-        owner = None if self._sample_hooks is None else active_owner(self)
-        if owner is not None:
-            if changed or keep:
-                raise NotImplementedError(
-                    "under Opacus the layer should run forward with the cell of nn.LSTM, but got "
-                    f"{'a changed cell' if changed else 'unroll'}; vmap(grad(...)) takes both"
-                )
-            return SampleLoop(self, owner, order[1], order[0])
-        if not changed and not keep:
-            return None
-        values = iter(weights[len(self._weight_names) * len(self._weight_names[0]) :])
-        own = [{kind: next(values) for kind in names} for names in self._own_names]
-        return OpenLoop(self if changed else None, own, keep)
-
     def _own_parameters(self) -> tuple[list[dict[str, str]], dict[str, Parameter]]:
         """The names of the cell's own parameters for each direction, and the parameters."""
         own_names: list[dict[str, str]] = []
@@ -658,8 +526,8 @@ class ManualLSTM(nn.Module):
             B = input.size(0 if self.batch_first else 1)
         elif is_tracing():
             B = cast(int, batch_sizes[0])  # int() would freeze it
-        elif torch.compiler.is_compiling():
-            (B,) = batch_sizes[:1].tolist()  # without a look at how many there are
+        elif is_compiling():
+            (B,) = batch_sizes[:1].tolist()  # whether there are steps at all is not asked: it is data
         else:
             B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
         return len(self._weight_names), B, self.hidden_size
@@ -683,7 +551,7 @@ class ManualLSTM(nn.Module):
             return
         hidden_size = self.get_expected_hidden_size(input, batch_sizes)
         cell_size = self.get_expected_cell_size(input, batch_sizes)
-        if batch_sizes is not None and torch.compiler.is_compiling():
+        if batch_sizes is not None and is_compiling():
             # B is an element of batch_sizes, and not known yet: the program itself has to look.
             torch._check(hidden[0].size(1) == hidden_size[1])  # type: ignore[no-untyped-call]
             torch._check(hidden[1].size(1) == cell_size[1])  # type: ignore[no-untyped-call]
@@ -699,7 +567,7 @@ class ManualLSTM(nn.Module):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
 
-# What a changed cell is told by.
+# A subclass that overrides one of these, or an object that replaces one, has a changed cell.
 _CELL, _PROJECT, _PER_SEQUENCE = ManualLSTM.cell, ManualLSTM.project, ManualLSTM.per_sequence
 _NAMES = frozenset(("cell", "project", "per_sequence"))
 _TAKEN = frozenset(CellWeights.__annotations__)
@@ -759,76 +627,3 @@ def _check_arguments(
 def _check_comparable(name: str, size: Any) -> None:
     if not isinstance(size, numbers.Real):
         raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
-
-
-def _as_tensor(input: Any) -> Tensor:
-    if not isinstance(input, Tensor):
-        # nn.LSTM asks for input.dim() and finds none
-        raise AttributeError(
-            f"input should be a Tensor or a PackedSequence, but got {type(input).__name__}"
-        )
-    if input.dim() not in (2, 3):
-        raise ValueError(
-            f"input should be 2-D (unbatched) or 3-D, but got {input.dim()}-D: {list(input.shape)}"
-        )
-    return input
-
-
-def _check_input_dtype(input: Tensor, weight: Tensor, packed: bool) -> None:
-    if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
-        error = RuntimeError if packed else ValueError  # as nn.LSTM
-        raise error(
-            f"input should have the dtype of the weights, {weight.dtype}, but got {input.dtype}. "
-            f"Convert the input: input.to({weight.dtype}), or the model: model.to({input.dtype})"
-        )
-
-
-def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, Tensor]:
-    """Check that ``hx`` is (h_0, c_0), with the exceptions that nn.LSTM has for each mistake.
-
-    Args:
-        hx: what the caller gave.
-        rank: that of both states.
-        packed: the input is packed; nn.LSTM's kernel then finds mistakes, not its own checks.
-        indexed: nn.LSTM takes hx[0] and hx[1] before it counts them.
-    """
-    wanted = f"hx should be a pair (h_0, c_0) of {rank}-D tensors, but got "
-    if isinstance(hx, Tensor) and not packed:
-        given = wanted + f"one tensor of shape {list(hx.shape)}"
-        if hx.dim() == 0 or hx.size(0) < 2:
-            raise IndexError(given)
-        raise RuntimeError(given) if hx.dim() != rank + 1 else TypeError(given)
-    if not isinstance(hx, Sequence):
-        raise TypeError(wanted + type(hx).__name__)
-    if len(hx) != 2:
-        error = IndexError if len(hx) < 2 and indexed else RuntimeError
-        raise error(wanted + f"{len(hx)} elements")
-    h_0, c_0 = hx
-    if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
-        given = f"({type(h_0).__name__}, {type(c_0).__name__})"
-        raise (AttributeError if indexed else TypeError)(wanted + given)
-    if h_0.dim() != rank or c_0.dim() != rank:
-        flat = packed and min(h_0.dim(), c_0.dim()) < rank
-        given = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
-        raise (IndexError if flat else RuntimeError)(wanted + given)
-    return h_0, c_0
-
-
-def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:
-    """Check a PackedSequence that may have been built by hand, and count the rows that are used."""
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
-        error = RuntimeError if batch_sizes.dtype == torch.int32 else TypeError  # as nn.LSTM
-        raise error(
-            "batch_sizes should be one-dimensional and of torch.int64, but got "
-            f"{list(batch_sizes.shape)} of {batch_sizes.dtype}"
-        )
-    sizes: list[int] = batch_sizes.tolist()
-    if any(b > a for a, b in pairwise(sizes)) or min(sizes, default=0) < 0:
-        raise RuntimeError(f"batch_sizes should not grow, nor be negative, but got {sizes}")
-    rows = sum(sizes)
-    if rows > input.size(0):
-        raise RuntimeError(
-            f"data should have a row for each of the {rows} steps in batch_sizes, {sizes}, "
-            f"but got {input.size(0)}"
-        )
-    return rows

@@ -1,130 +1,16 @@
-"""The layer opened: the loop with a cell of the user's, and with its steps kept to be looked at."""
+"""What ``layer.unroll`` returns: the answer, and the gates and states at every step."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
-from manual_lstm.cell import Step, lstm_cell
-from manual_lstm.engine.context import is_exporting
-from manual_lstm.engine.scan import may_scan, scan_loop
-from manual_lstm.loop import Cell, gate_loop, project
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Sequence = Tensor | PackedSequence
-
-
-class CellWeights:
-    """What one direction of one layer hands to its cell, by name.
-
-    Attributes:
-        weight_ih: ``[4H, I]``, above the first layer ``[4H, D * (P or H)]``.
-        weight_hh: ``[4H, P or H]``.
-        weight_hr: ``[P, H]``, or ``None`` without a projection.
-        bias: the sum of both biases, ``[4H]``, or ``None``.
-
-        And by their own names this direction's :meth:`ManualLSTM.cell_parameters` and what
-        :meth:`ManualLSTM.per_sequence` returned, cut to the sequences that have the step.
-    """
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    weight_hr: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
-
-    if TYPE_CHECKING:  # the names that the user has chosen
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-class OpenLoop:
-    """Runs the directions of one call, in nn.LSTM's order, as plain_direction does.
-
-    Args:
-        layer: a layer whose cell is changed, or ``None`` for the cell of ``cell.py``.
-        own: for each direction its cell's own parameters; empty where it has none.
-        keep: whether to keep the steps.
-
-    Attributes:
-        kept: with ``keep``, the steps of each direction that has run: tensors ``[T, B, features]``,
-            or packed ``[N, features]``.
-    """
-
-    def __init__(self, layer: Any, own: list[dict[str, Tensor]], keep: bool) -> None:
-        self.kept: list[Step] = []
-        self._layer = layer
-        self._own = iter(own)
-        self._keep = keep
-
-    def __call__(
-        self,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor,
-        c_0: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        weight_hr: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cell: Cell = lstm_cell
-        if self._layer is None:
-            x_proj = project(x, weight_ih, bias)  # [T, B, 4H] or [N, 4H]
-        else:
-            shared = {"weight_ih": weight_ih, "bias": bias, **next(self._own, {})}
-            w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **shared)
-            x_proj = self._layer.project(x, w)
-            cell = _adapt(self._layer.cell, shared, self._layer.per_sequence(h_0, c_0))
-        # Compiled, the sizes of packed data are unknown, too.
-        scanned = may_scan() or (batch_sizes is not None and torch.compiler.is_compiling())
-        loop = scan_loop(cell) if scanned else gate_loop(cell)
-        output, h_n, c_n, steps = loop(
-            x_proj, batch_sizes, h_0, c_0, weight_hh, weight_hr, reverse, self._keep
-        )
-        if self._keep:
-            packed = batch_sizes is not None
-            self.kept.append(steps[0] if scanned else _join(steps, packed, output, c_0))
-        return output, h_n, c_n
-
-
-def _adapt(cell: Callable[..., Step], shared: dict[str, Any], per_sequence: dict[str, Tensor]) -> Cell:
-    """The layer's cell, as the loop calls it."""
-
-    def adapted(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> Step:
-        b = x_t.size(0)
-        drawn = {name: t if t.size(0) == b else t[:b] for name, t in per_sequence.items()}
-        own = shared
-        if is_exporting():
-            # A scan takes no tensor together with a view of it, and unpacking one (p, q = w.own)
-            # makes views outside of the scan, unless it is itself made in the step.
-            own = {name: t if t is None else t.view_as(t) for name, t in shared.items()}
-        w = CellWeights(weight_hh=weight_hh, weight_hr=weight_hr, **own, **drawn)
-        step = cell(x_t, h, c, w)
-        if not isinstance(step, Step):
-            raise TypeError(f"cell should return a Step, but got {type(step).__name__}")
-        return step
-
-    return adapted
-
-
-def _join(steps: list[Step], packed: bool, output: Tensor, c_0: Tensor) -> Step:
-    """All steps in one: ``[T, B, features]`` or packed ``[N, features]``."""
-    if not steps:
-        empty = output.new_empty(*output.shape[:-1], c_0.size(-1))
-        return Step(empty, empty, empty, empty, empty, empty, output)
-    join = torch.cat if packed else torch.stack
-    i, f, g, o, c = (join([step[k] for step in steps]) for k in range(5))
-    m = output if steps[0].m is steps[0].h else join([step.m for step in steps])
-    return Step(i, f, g, o, c, m, output)  # the loop has joined h itself
 
 
 class Unrolled(NamedTuple):

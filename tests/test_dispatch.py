@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from manual_lstm import ManualLSTM
-from manual_lstm.engine.context import may_fuse
+from manual_lstm.engine.dispatch import Loop, choose
 from manual_lstm.report.function import LayerFunction, Point, loss, results_by_name
 from manual_lstm.report.row import Setting
 from tests.helpers.changed import every_recipe
@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-FUSED, SAMPLES, PLAIN, SCAN = "fused_direction", "sample_direction", "plain_direction", "scan_direction"
+FUSED, SAMPLES, PLAIN, SCAN, TRACED = "FUSED", "VMAP", "PLAIN", "SCAN", "TRACED"
 
 
 class CalledLayer:
@@ -261,7 +261,7 @@ DENSE_ONLY: dict[str, tuple[set[str], Callable[[CalledLayer], Any]]] = {
         lambda m: m.traced(lambda p: m.function(p), m.point, tracing_mode="symbolic"),
     ),
     "export": ({SCAN}, _exported),
-    "jit.trace": ({PLAIN}, _jit_traced),
+    "jit.trace": ({TRACED}, _jit_traced),
     "nested tensor": ({FUSED}, _nested),
 }
 
@@ -314,9 +314,10 @@ def test_ordinary_calls_take_the_operator() -> None:
 
 
 def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert may_fuse([torch.zeros(1)])
+    data, weights = [torch.zeros(1)] * 3, [torch.zeros(1)]
+    assert choose(data, weights, T=5) is Loop.FUSED
     monkeypatch.setattr("manual_lstm.engine.context._functorch_active", None)
-    assert not may_fuse([torch.zeros(1)])
+    assert choose(data, weights, T=5) is Loop.PLAIN
 
 
 def test_an_unchanged_cell_keeps_the_operator() -> None:

@@ -18,15 +18,15 @@ def test_lstm_forward_is_nn_lstm(sizes: tuple[int, int, int, int], dtype: torch.
     torch.manual_seed(0)
     B, T, I, H = sizes
     layer = nn.LSTM(I, H, batch_first=True, dtype=dtype)
-    zeros, h_0, c_0 = (torch.randn(*s, dtype=dtype) for s in ((B, T, I), (B, H), (B, H)))
-    leaves = [zeros.requires_grad_(), h_0.requires_grad_(), c_0.requires_grad_(), *layer.parameters()]
-    output, (h_n, c_n) = lstm_forward(zeros, (h_0, c_0), *layer.parameters())
+    x, h_0, c_0 = (torch.randn(*s, dtype=dtype) for s in ((B, T, I), (B, H), (B, H)))
+    leaves = [x.requires_grad_(), h_0.requires_grad_(), c_0.requires_grad_(), *layer.parameters()]
+    output, (h_n, c_n) = lstm_forward(x, (h_0, c_0), *layer.parameters())
     assert output.is_contiguous()
     assert (output.shape, h_n.shape, c_n.shape) == ((B, T, H), (1, B, H), (1, B, H))
     if T == 0:
         assert torch.equal(h_n[0], h_0)
         return
-    expected = layer(zeros, (h_0.unsqueeze(0), c_0.unsqueeze(0)))
+    expected = layer(x, (h_0.unsqueeze(0), c_0.unsqueeze(0)))
     tolerance = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-12
     torch.testing.assert_close((output, (h_n, c_n)), expected, rtol=0, atol=tolerance)
 
@@ -38,10 +38,10 @@ def test_lstm_forward_is_nn_lstm(sizes: tuple[int, int, int, int], dtype: torch.
 
 def test_lstm_forward_without_biases_keeps_dtype_and_device() -> None:
     layer = nn.LSTM(3, 4, batch_first=True, bias=False, dtype=torch.float64)
-    zeros, zeros = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
-    output, _ = lstm_forward(zeros, (zeros, zeros), *layer.parameters())
-    torch.testing.assert_close(output, layer(zeros)[0], rtol=0, atol=1e-14)
-    meta = [tensor.to("meta") for tensor in (zeros, zeros, *layer.parameters())]
+    x, zeros = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    output, _ = lstm_forward(x, (zeros, zeros), *layer.parameters())
+    torch.testing.assert_close(output, layer(x)[0], rtol=0, atol=1e-14)
+    meta = [tensor.to("meta") for tensor in (x, zeros, *layer.parameters())]
     output, (h_n, _) = lstm_forward(meta[0], (meta[1], meta[1]), *meta[2:])
     assert output.device == h_n.device == torch.device("meta")
     assert output.dtype == torch.float64
@@ -49,10 +49,10 @@ def test_lstm_forward_without_biases_keeps_dtype_and_device() -> None:
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_lstm_forward_under_autocast(T: int) -> None:
-    layer, zeros, zeros = nn.LSTM(3, 4, batch_first=True), torch.randn(2, T, 3), torch.zeros(2, 4)
-    expected, _ = layer(zeros)
+    layer, x, zeros = nn.LSTM(3, 4, batch_first=True), torch.randn(2, T, 3), torch.zeros(2, 4)
+    expected, _ = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        for input in (zeros, zeros.bfloat16()):
+        for input in (x, x.bfloat16()):
             output, (h_n, c_n) = lstm_forward(input, (zeros, zeros), *layer.parameters())
             assert output.dtype == h_n.dtype == c_n.dtype == torch.float32
             torch.testing.assert_close(output, expected, rtol=0, atol=0.05)

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import forward_and_backward, twins
 from manual_lstm.engine import fused, steps
-from manual_lstm.loop import plain_direction
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import assert_close, run_case
 from tests.helpers.loops import (
@@ -22,7 +21,9 @@ from tests.helpers.loops import (
     Arguments,
     arguments,
     drawn_arguments,
+    fused_direction,
     patched,
+    plain_direction,
     plainly,
     run_direction,
 )
@@ -36,9 +37,9 @@ from tests.helpers.loops import (
 def test_the_operator_equals_the_plain_loop(given_: Arguments, wanted: list[bool], rows: int) -> None:
     expected = run_direction(plain_direction, given_, wanted)
     with patched(steps, BLOCK_ROWS=rows):
-        actual = run_direction(fused.fused_direction, given_, wanted)
+        actual = run_direction(fused_direction, given_, wanted)
         with torch.no_grad():
-            unsaved = fused.fused_direction(*given_)
+            unsaved = fused_direction(*given_)
     assert_close(actual, expected, 1e-12)
     names = ("output", "h_n", "c_n")
     assert_close(dict(zip(names, unsaved)), {name: actual[name] for name in names}, 1e-12)
@@ -61,8 +62,8 @@ def test_gradcheck_and_gradgradcheck(
 ) -> None:
     monkeypatch.setattr(steps, "BLOCK_ROWS", rows)
     given_ = arguments(**configuration, I=2, H=3)
-    assert torch.autograd.gradcheck(fused.fused_direction, given_, fast_mode=True)
-    assert torch.autograd.gradgradcheck(fused.fused_direction, given_, fast_mode=True)
+    assert torch.autograd.gradcheck(fused_direction, given_, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fused_direction, given_, fast_mode=True)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
@@ -76,8 +77,8 @@ def test_opcheck(configuration: dict[str, Any], save: bool) -> None:
         *tensors, reverse = (a.detach() if isinstance(a, Tensor) else a for a in given_)
         output, h_n, c_n, *kept = fused.direction(*tensors, reverse, True)
         needs = [True, True, True, True, True, tensors[6] is not None, tensors[7] is not None]
-        given_ = (output, h_n, c_n, *tensors, reverse, *kept, needs)
-        torch.library.opcheck(fused.direction_backward, given_)
+        given_ = (*tensors, reverse, *kept, output, h_n, c_n, needs)
+        torch.library.opcheck(fused.direction_backward, (*given_, False))
         torch.library.opcheck(fused.direction_backward, (*given_, True))
 
 
@@ -91,7 +92,7 @@ def test_second_order_where_a_result_depends_on_little(sizes: list[int], result:
         given_[wanted].requires_grad_()
         found = []
         for create_graph in (False, True):
-            loss = fused.fused_direction(*given_)[result].sum()
+            loss = fused_direction(*given_)[result].sum()
             (gradient,) = torch.autograd.grad(
                 loss, given_[wanted], create_graph=create_graph, allow_unused=True
             )
@@ -110,7 +111,7 @@ def test_strides_are_those_that_a_compiled_caller_is_told(packed: bool) -> None:
         assert all(part.is_contiguous() for part in run_case)
     output, h_n, c_n, *kept = run_case
     for grads in ((output, h_n.t().contiguous().t(), c_n.t().contiguous().t()), (output, None, None)):
-        backward = fused.direction_backward(*grads, *given_, reverse, *kept, [True] * 7)
+        backward = fused.direction_backward(*given_, reverse, *kept, *grads, [True] * 7, False)
         assert all(part.is_contiguous() for part in backward)
 
 
@@ -153,11 +154,11 @@ def test_no_gradient_is_computed_that_nobody_needs(
     original = fused.direction_backward
 
     def spy(*args: Any) -> Any:
-        seen.append((args[-1], original(*args)))
+        seen.append((args[-2], original(*args)))
         return seen[-1][1]
 
     monkeypatch.setattr(fused, "direction_backward", spy)
-    fused.fused_direction(*given_)[0].sum().backward()  # type: ignore[no-untyped-call]
+    fused_direction(*given_)[0].sum().backward()  # type: ignore[no-untyped-call]
     ((needs, gradients),) = seen
     assert needs == [k != frozen for k in range(7)]
     if frozen not in (1, 2):  # the states' gradients are the loop's working memory
@@ -175,7 +176,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(reverse: bool) ->
     for wanted in product((False, True), repeat=7):
         for k, want in zip(DIFFERENTIABLE, wanted):
             given_[k].requires_grad_(want)
-        output = fused.fused_direction(*given_)[0]
+        output = fused_direction(*given_)[0]
         assert output.requires_grad == any(wanted)
         if any(wanted):
             inputs = [given_[k] for k in DIFFERENTIABLE if given_[k].requires_grad]
@@ -190,7 +191,7 @@ def test_one_tensor_for_both_states(create_graph: bool) -> None:
     given_[3] = given_[2]
     gradients = [
         torch.autograd.grad(function(*given_)[0].square().sum(), given_[2], create_graph=create_graph)
-        for function in (fused.fused_direction, plain_direction)
+        for function in (fused_direction, plain_direction)
     ]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 

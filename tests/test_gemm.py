@@ -11,11 +11,12 @@ from hypothesis import given
 from torch import Tensor
 
 from manual_lstm import ManualLSTM
-from manual_lstm.engine import fused, gemm
+from manual_lstm.engine import gemm
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import assert_close
 from tests.helpers.loops import (
     arguments,
+    fused_direction,
     patched,
     run_direction,
 )
@@ -81,7 +82,7 @@ def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
     found = []
     for these in (given_, strided):
         with onednn_everywhere():
-            found.append(run_direction(fused.fused_direction, tuple(these), [True] * 3))
+            found.append(run_direction(fused_direction, tuple(these), [True] * 3))
     assert_close(found[1], found[0], 1e-6)
 
 

@@ -105,16 +105,16 @@ def test_a_sequence_of_no_steps(options: dict[str, Any], shape: tuple[int, ...])
     if options.get("batch_first") and len(shape) == 3:
         shape = (shape[1], 0, 4)
     layer = ManualLSTM(4, 5, **options)
-    zeros = torch.randn(shape)
-    output, (h_n, c_n) = layer(zeros)
+    x = torch.randn(shape)
+    output, (h_n, c_n) = layer(x)
     assert output.numel() == 0
-    assert output.shape[:-1] == zeros.shape[:-1]
+    assert output.shape[:-1] == x.shape[:-1]
     assert not h_n.any()
     hx = (torch.randn_like(h_n), torch.randn_like(c_n))
-    output, (h_n, c_n) = layer(zeros, hx)
+    output, (h_n, c_n) = layer(x, hx)
     assert torch.equal(h_n, hx[0])
     assert torch.equal(c_n, hx[1])
     assert hx[0].numel() == 0 or h_n.data_ptr() != hx[0].data_ptr()
     (output.sum() + h_n.sum()).backward()  # a training loop may meet one
     with pytest.raises(RuntimeError):
-        nn.LSTM(4, 5, **options)(zeros)  # where we go beyond
+        nn.LSTM(4, 5, **options)(x)  # where we go beyond

@@ -14,14 +14,12 @@ from torch.nn.utils.rnn import (
 
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import forward_and_backward, twins
-from manual_lstm.engine import fused
-from manual_lstm.loop import plain_direction
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import assert_close
 from manual_lstm.testing.mistakes import CALLS, UNSORTED
 from tests.helpers.errors import check_mistake
 from tests.helpers.layers import DEEP, randn
-from tests.helpers.loops import arguments, run_direction
+from tests.helpers.loops import arguments, fused_direction, plain_direction, run_direction
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -87,7 +85,7 @@ def test_more_data_than_steps_is_an_error() -> None:
     given_ = list(arguments([2, 1], packed=True))
     given_[0] = torch.randn(5, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"3 rows.*got 5"):
-        fused.fused_direction(*given_)
+        fused_direction(*given_)
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 0, 0], [1, 0], [3, 2, 0, 0], [0, 0]], ids=str)
@@ -96,7 +94,7 @@ def test_more_data_than_steps_is_an_error() -> None:
 def test_steps_of_no_sequence_at_the_end(sizes: list[int], H: int, reverse: bool) -> None:
     given_ = arguments(sizes, packed=True, H=H, reverse=reverse)
     expected = run_direction(plain_direction, given_, [True] * 3)
-    assert_close(run_direction(fused.fused_direction, given_, [True] * 3), expected, 1e-12)
+    assert_close(run_direction(fused_direction, given_, [True] * 3), expected, 1e-12)
 
 
 # Errors

@@ -1,11 +1,10 @@
 """The report's rows, with more options than the report has time for; and that each row can fail."""
 
-from collections.abc import re
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import Callable
-import Iterator
 import pytest
 import torch
 from torch import Tensor, nn

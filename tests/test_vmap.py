@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from manual_lstm import ManualLSTM
 from tests.helpers.layers import randn
-from tests.helpers.loops import loops_chosen, without_folding
+from tests.helpers.loops import loops_chosen, plainly
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -127,8 +127,8 @@ def test_equal_to_the_plain_loop(options: dict[str, Any], context: str) -> None:
     model = LayerOfSamples(options)
     with loops_chosen() as chosen:
         actual = compute(model)
-    assert ("sample_direction" in chosen) == fast
-    with without_folding():
+    assert ("VMAP" in chosen) == fast
+    with plainly():
         expected = compute(model)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 

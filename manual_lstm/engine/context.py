@@ -1,6 +1,12 @@
-"""Which loop may run: the one choice between the fused operator and the plain loop."""
+"""What torch is doing right now, and whether the caller wants the plain loop.
 
-from collections.abc import Callable, Iterable
+torch knows more than it says in public. Private names are looked up here, once. Where one is missing,
+the answer is the cautious one.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,13 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from manual_lstm.engine.dtypes import autocast_dtype
-
-# What torch knows but does not say in public. Where a name is gone, the answer is the cautious one.
 _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
 )
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _interpreters: Callable[[], list[Any] | None] | None = getattr(
     getattr(torch._C, "_functorch", None), "get_interpreter_stack", None
 )
@@ -22,7 +24,19 @@ _interpreters: Callable[[], list[Any] | None] | None = getattr(
 unwrap_if_dead: Callable[[Tensor], Tensor] = getattr(
     getattr(torch._C, "_functorch", None), "unwrap_if_dead", lambda tensor: tensor
 )
-# What tensors the operator takes: torch's own, or without their numbers, which it takes only together.
+# torch's scan operator is not public yet.
+scan_operator: Callable[..., Any] | None
+try:
+    from torch._higher_order_ops.scan import scan
+
+    scan_operator = scan
+except ImportError:
+    scan_operator = None
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
+
+# The kinds of tensor that an operator takes: torch's own, or fake ones, which have no numbers. It
+# does not take both together, nor other subclasses, which know only torch's own operators.
 _KINDS: list[set[type[Tensor]]] = [{Tensor, Parameter}]
 try:
     from torch._subclasses.fake_tensor import FakeTensor
@@ -30,33 +44,49 @@ except ImportError:
     pass
 else:
     _KINDS.append({FakeTensor})
-# Where the operator has been tried, or needs no kernel.
-_DEVICES = {"cpu", "cuda", "meta"}
+
+_thread = threading.local()
+_thread.plain_loop = False  # present already, so that compiled code does not see it appear
 
 
-def may_fuse(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the fused operator may run, for more than one step, and not the plain loop.
+@contextmanager
+def plain_loop() -> Iterator[None]:
+    """Run every layer step by step through ``cell.py`` and ``loop.py``.
 
-    Not where something has to see the steps: torch.func's transforms and forward-mode AD, which batch
-    and differentiate them themselves; torch.jit.trace and torch.export, which look for a program of
-    torch's own operators; other subclasses of Tensor, which know only those; and not on other devices.
-    Nor under autocast, which casts the plain loop's operations one by one (ManualLSTM casts, and
-    switches it off, before it chooses).
+    Outside, a layer runs its loop as one operator where it can. Inside, breakpoints, prints and
+    profilers see each step. The numbers are the same but for rounding. The block holds for this thread
+    only. It nests, and ends with an exception too. It also works inside a compiled function; a compiled
+    function that is called inside is compiled once more, for the plain loop.
+
+    A backward pass that computes the forward again (:func:`torch.utils.checkpoint.checkpoint`) has to
+    run inside the block too if the forward did, because it expects the same operations. On CUDA,
+    autograd runs it in a thread of its own, where the block does not hold.
+
+    ``torch.export`` and ``torch.jit.trace`` record the steps of their example inside the block, so the
+    program serves that length only.
+
+    Example:
+        >>> from manual_lstm import ManualLSTM, plain_loop
+        >>> layer = ManualLSTM(10, 20)
+        >>> with plain_loop():
+        ...     output, _ = layer(torch.randn(5, 3, 10))  # a breakpoint in cell.py stops five times
     """
-    return not transforms_active() and _fusible(list(tensors))
+    before = getattr(_thread, "plain_loop", False)
+    _thread.plain_loop = True
+    try:
+        yield
+    finally:
+        _thread.plain_loop = before
 
 
-def _fusible(tensors: list[Tensor | None]) -> bool:
-    """Whether the operator serves these tensors, but for torch.func's transforms."""
-    if tensors[0] is not None and autocast_dtype(tensors[0].device) is not None:
-        return False
-    present = [tensor for tensor in tensors if tensor is not None]
-    kinds = {type(tensor) for tensor in present}
-    return (
-        not (is_tracing() or is_exporting())
-        and any(kinds <= known for known in _KINDS)
-        and all(tensor.device.type in _DEVICES for tensor in present)
-    )
+def in_plain_loop() -> bool:
+    """Whether this thread is inside :func:`plain_loop`."""
+    return getattr(_thread, "plain_loop", False)
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def transforms_active() -> bool:
@@ -67,30 +97,17 @@ def transforms_active() -> bool:
     return bool(level >= 0)
 
 
-def batches_only() -> bool:
+def only_vmap_and_grad() -> bool:
     """Whether all of torch.func's transforms at work are vmap and grad (so vjp, jacrev too)."""
-    if _interpreters is None or torch.compiler.is_compiling():
+    if _functorch_active is None or _interpreters is None or is_compiling():
         return False
     level: Any = getattr(forward_ad, "_current_level", 0)
     return bool(level < 0) and all(
-        each.key().name in ("Vmap", "Grad") for each in _interpreters() or []
+        interpreter.key().name in ("Vmap", "Grad") for interpreter in _interpreters() or []
     )
 
 
-def may_fold(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the operator may run with the samples of a vmap as rows of one batch.
-
-    Not where the weights are batched themselves, as in an ensemble.
-    """
-    tensors = list(tensors)  # input, h_0, c_0 and the weights
-    return (
-        batches_only()
-        and _fusible(tensors)
-        and not any(weight is not None and _is_batched(weight) for weight in tensors[3:])
-    )
-
-
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether a vmap runs over this tensor, at any level."""
     functorch = torch._C._functorch
     while not functorch.is_batchedtensor(tensor):
@@ -100,6 +117,14 @@ def _is_batched(tensor: Tensor) -> bool:
     return True
 
 
-def is_tracing() -> bool:
-    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+def are_of_one_kind(tensors: Iterable[Tensor]) -> bool:
+    """Whether an operator takes these tensors together."""
+    kinds = {type(tensor) for tensor in tensors}
+    return any(kinds <= kind for kind in _KINDS)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype to which autocast casts on this device, ``None`` where it is off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -14,13 +14,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return _COMPUTE.get(dtype, dtype)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype to which autocast casts on this device, ``None`` where it is off."""
-    if not torch.amp.is_autocast_available(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
 def autocast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Cast as autocast does: real floating-point tensors, but never float64."""
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:

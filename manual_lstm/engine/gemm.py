@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
@@ -123,6 +124,37 @@ def gate_products(
     return GateProducts(weight_ih, weight_hh, bias)
 
 
+def missing_columns(weight: Tensor, multiple: int = 1) -> int:
+    """How many columns of zeros ``[M, N]`` should get before its gradient is computed.
+
+    The gradient is a sum over rows. MKL adds up row by row where N is below 16, at ten times the error
+    of its better way, and is a third slower where N is not a multiple of 8. Columns of zeros make it
+    use its better way.
+
+    Args:
+        multiple: of what the number of columns should be a multiple.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return 0
+    N = weight.size(1)
+    return max(16, -(-N // multiple) * multiple) - N
+
+
+def with_columns_of_zeros(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of ``x @ weight.t()``, widened where autograd would sum over many rows inexactly.
+
+    Args:
+        x: ``[..., N]``.
+        weight: ``[M, N]``.
+    """
+    # A compiled program would take the number of rows for a constant.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        columns = missing_columns(weight)
+        if columns > 0 and x.dtype == weight.dtype and x.numel() // weight.size(1) > 512:
+            return pad(x, (0, columns)), pad(weight, (0, columns))
+    return x, weight
+
+
 class OuterSum:
     """The gradient of a weight: the sum of outer products, ``a.t() @ b``, over the rows of all blocks.
 
@@ -134,17 +166,13 @@ class OuterSum:
     def __init__(self, weight: Tensor, piece: int) -> None:
         M, self.N = weight.shape
         self.piece = piece
-        self.pad = 0
-        if weight.dtype == torch.float32 and weight.device.type == "cpu":
-            # MKL is a third slower where the columns are not a multiple of 8, and below 16 adds up
-            # row by row, at ten times the error. Columns of zeros make it use its better way.
-            self.pad = max(16, -(-self.N // 8) * 8) - self.N
-        self.total = weight.new_zeros(M, self.N + self.pad)
+        self.columns = missing_columns(weight, multiple=8)
+        self.total = weight.new_zeros(M, self.N + self.columns)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add rows ``[n, M]`` and ``[n, N]``."""
-        if self.pad:
-            b = torch.nn.functional.pad(b, (0, self.pad))
+        if self.columns:
+            b = pad(b, (0, self.columns))
         if len(a) <= self.piece:
             self.total.addmm_(a.t(), b)
             return

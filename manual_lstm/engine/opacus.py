@@ -2,19 +2,23 @@
 
 Opacus hooks every module that has parameters. Its hooks see one input tensor and one output tensor, and
 run the module anew for each sample: too little for ``hx``, packed input, a loss on h_n or c_n, dropout.
-So the layer takes these hooks for what they ask: while they are there, its loop's backward makes the
-gradients of every sample, and leaves them where Opacus expects them. Opacus is not imported before.
+So the layer does not register these hooks, but keeps the object of Opacus that they belong to. While it
+is there, the backward of the loop makes the gradients of every sample, and leaves them where Opacus
+expects them. Opacus is not imported before.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from manual_lstm.engine.fused import direction, direction_backward
-from manual_lstm.engine.vmap import STATES, sample_sums
+from manual_lstm.engine.direction import Direction, Gradients, Result
+from manual_lstm.engine.fused import direction
+from manual_lstm.engine.sample_gradients import sample_gradients
+from manual_lstm.loop import run_plain
 
 
 def opacus_owner(hook: Any) -> Any:
@@ -41,31 +45,42 @@ def active_owner(layer: Any) -> Any:
     return None
 
 
-class SampleLoop:
-    """Runs the directions of one call, in nn.LSTM's order, as plain_direction does.
+class OpacusCall:
+    """One call of a layer, whose backward leaves every sample's gradients for Opacus.
 
     Args:
-        layer: the layer.
-        owner: Opacus' hooks.
+        owner: the object of Opacus that wants them.
+        parameters: for each direction its parameters by kind; ``None`` for a weight that is none.
+        sample_of: for each sequence of the loop which sample it is; ``None`` if they are in order.
         B: how many samples the batch has.
-        order: for each sequence that the loop sees, which sample it is; ``None`` if as they come.
     """
 
-    def __init__(self, layer: Any, owner: Any, B: int, order: Tensor | None) -> None:
-        self._layer, self._owner, self._B, self._order = layer, owner, B, order
-        self._k = 0
-        for names in layer._weight_names:
-            for parameter in map(layer._parameters.get, names):
-                if parameter is not None and parameter.requires_grad:
-                    parameter._forward_counter += 1
+    def __init__(
+        self,
+        owner: Any,
+        parameters: Sequence[dict[str, Any]],
+        sample_of: Tensor | None,
+        B: int,
+    ) -> None:
+        self._owner, self._sample_of, self._B = owner, sample_of, B
+        self._parameters = [
+            {kind: p for kind, p in by_kind.items() if p is not None and p.requires_grad}
+            for by_kind in parameters
+        ]
+        for by_kind in self._parameters:
+            for parameter in by_kind.values():
+                parameter._forward_counter += 1
 
-    def __call__(self, *arguments: Any, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        k, self._k = self._k, self._k + 1
-        results = _Recorded.apply((self, k), *arguments, reverse)  # type: ignore[no-untyped-call]
-        output, h_n, c_n = results
-        return output, h_n, c_n
+    def run(self, d: Direction, k: int, plain: bool) -> Result:
+        """Take all steps of the k-th direction.
 
-    def record(self, k: int, gradients: dict[str, Tensor]) -> None:
+        Args:
+            plain: whether the forward goes through the plain loop.
+        """
+        forward = _plain_direction if plain else direction
+        return Result(*_Recorded.apply(self, k, forward, *d))  # type: ignore[no-untyped-call]
+
+    def record(self, k: int, gradients: Gradients) -> None:
         """Leave the gradients of the k-th direction's weights, ``[sequences, ...]``, for Opacus."""
         if not self._owner.hooks_enabled:  # the second backward pass of ghost clipping
             return
@@ -74,14 +89,14 @@ class SampleLoop:
             promote_current_grad_sample,
         )
 
-        for name in self._layer._weight_names[k]:
-            parameter = self._layer._parameters.get(name)
-            if parameter is None or not parameter.requires_grad:
-                continue
-            gradient = gradients[name.split("_l")[0]].to(parameter.dtype)
-            if self._order is not None:
-                every = gradient.new_zeros(self._B, *gradient.shape[1:])
-                gradient = every.index_copy(0, self._order, gradient)
+        bias = gradients.bias
+        by_kind = {**gradients._asdict(), "bias_ih": bias, "bias_hh": bias}
+        for kind, parameter in self._parameters[k].items():
+            gradient = by_kind[kind].to(parameter.dtype)
+            if self._sample_of is not None:
+                # An empty sequence of a nested batch is a sample too. Its gradient is zero.
+                zeros = gradient.new_zeros(self._B, *gradient.shape[1:])
+                gradient = zeros.index_copy(0, self._sample_of, gradient)
             if self._owner.loss_reduction == "mean":
                 gradient = gradient * self._B
             create_or_accumulate_grad_sample(
@@ -90,10 +105,10 @@ class SampleLoop:
             parameter._forward_counter -= 1
             if parameter._forward_counter == 0:
                 promote_current_grad_sample(parameter)
-                self._after(parameter)
+                self._finish(parameter)
 
-    def _after(self, parameter: Any) -> None:
-        """What each of Opacus' ways does once a parameter's gradients are all there."""
+    def _finish(self, parameter: Any) -> None:
+        """Do what each of Opacus' ways does once a parameter's gradients are all there."""
         if hasattr(self._owner, "get_clipping_coef"):  # fast clipping keeps their norms alone
             parameter._norm_sample = parameter.grad_sample.flatten(1).norm(2, dim=-1)
             parameter.grad_sample = None
@@ -105,47 +120,35 @@ class SampleLoop:
 
 
 class _Recorded(torch.autograd.Function):
-    """One direction, whose backward tells the gradients of every sample."""
+    """One direction, whose backward passes every sample's gradients to an :class:`OpacusCall`."""
 
     @staticmethod
-    def forward(ctx: Any, told: Any, *arguments: Any) -> Any:
+    def forward(ctx: Any, call: OpacusCall, k: int, forward: Any, *arguments: Any) -> Any:
         *tensors, ctx.reverse = arguments
-        output, h_n, c_n, *kept = direction(*arguments, True)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.told = told
+        output, h_n, c_n, gates, cells = forward(*arguments, True)
+        ctx.save_for_backward(*tensors, gates, cells)
+        ctx.call, ctx.k = call, k
         return output, h_n, c_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         *tensors, gates, cells = ctx.saved_tensors
-        x, batch_sizes, h_0, *_, bias, weight_hr = tensors
-        d_x, d_h, d_c, *_, da, h, d_h_rows = direction_backward(
-            *grads, *tensors, ctx.reverse, gates, cells, STATES, True
+        gradients = sample_gradients(
+            Direction._make([*tensors, ctx.reverse]), gates, cells, grads, None
         )
-        B = h_0.size(0)
-
-        def sums(left: Tensor, right: Tensor) -> Tensor:
-            return sample_sums(_pad(left, batch_sizes, B), _pad(right, batch_sizes, B), B)
-
-        d_ih, d_hh = sums(da, x.reshape(-1, x.size(-1))), sums(da, h)
-        every = {"weight_ih": d_ih, "weight_hh": d_hh}
-        d_bias = d_hr = None
-        if bias is not None:
-            d_bias = _pad(da, batch_sizes, B).view(-1, B, da.size(1)).sum(0)
-            every |= {"bias_ih": d_bias, "bias_hh": d_bias}
-        if weight_hr is not None:
-            d_hr = every["weight_hr"] = sums(d_h_rows, gates[3] * torch.tanh(cells))
-        loop, k = ctx.told
-        loop.record(k, every)
-        weights = (None if d is None else d.sum(0) for d in (d_ih, d_hh, d_bias, d_hr))
-        return None, d_x, None, d_h, d_c, *weights, None
+        ctx.call.record(ctx.k, gradients)
+        weights = {
+            name: None if (of_samples := getattr(gradients, name)) is None else of_samples.sum(0)
+            for name in ("weight_ih", "weight_hh", "bias", "weight_hr")
+        }
+        return None, None, None, *gradients._replace(**weights).in_places()
 
 
-def _pad(rows: Tensor, batch_sizes: Tensor | None, B: int) -> Tensor:
-    """Packed ``[N, features]`` to ``[T * B, features]``, with zeros where a sequence has no step."""
-    if batch_sizes is None:
-        return rows
-    sizes = batch_sizes.tolist()
-    place = torch.cat([torch.arange(b) + t * B for t, b in enumerate(sizes)]).to(rows.device)
-    return rows.new_zeros(len(sizes) * B, rows.size(1)).index_copy(0, place, rows)
+def _plain_direction(*arguments: Any) -> tuple[Tensor, ...]:
+    """What ``manual_lstm::direction`` returns with ``save``, by the plain loop."""
+    d, _ = Direction.split(arguments)
+    result = run_plain(d, keep=True)
+    assert result.steps is not None
+    i, f, g, o, c = (part.flatten(0, -2) for part in result.steps[:5])  # [N, H]
+    return *result[:3], torch.stack([i, f, g, o]), c

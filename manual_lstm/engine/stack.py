@@ -1,57 +1,63 @@
-"""The stack of layers and directions, and in it the choice of the loop."""
+"""The stack of layers and directions."""
 
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.context import may_fold, may_fuse, transforms_active
-from manual_lstm.engine.fused import fused_direction
-from manual_lstm.engine.scan import may_scan, scan_direction
-from manual_lstm.engine.vmap import sample_direction
-from manual_lstm.loop import plain_direction
+from manual_lstm.cell import Step
+from manual_lstm.engine.context import is_compiling
+from manual_lstm.engine.direction import Direction, Result
+from manual_lstm.engine.dispatch import Loop, choose
+from manual_lstm.engine.fused import run_fused
+from manual_lstm.engine.opacus import OpacusCall
+from manual_lstm.engine.scan import run_scan
+from manual_lstm.engine.traced import run_traced
+from manual_lstm.engine.vmap import run_vmap
+from manual_lstm.loop import Prepare, run_plain
 
-# fused_direction and plain_direction: the same arguments, the same results.
-Direction = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-class DirectionWeights(NamedTuple):
-    """The weights of one direction of one layer, in the order nn.LSTM keeps them."""
-
-    weight_ih: Tensor  # [4H, I], above the first layer [4H, D * (P or H)]
-    weight_hh: Tensor  # [4H, P or H]
-    bias_ih: Tensor | None  # [4H]
-    bias_hh: Tensor | None  # [4H]
-    weight_hr: Tensor | None = None  # [P, H]
+# The weights of one direction by kind: weight_ih, weight_hh, and where there are, bias_ih, bias_hh,
+# weight_hr, and a cell's own parameters. Direction tells the shapes.
+Weights = Mapping[str, Tensor]
 
 
-def loop_for(T: int | None, tensors: Iterable[Tensor | None]) -> Direction:
-    """The loop that runs T steps of these tensors: the fused one wherever it may.
+class Wishes(NamedTuple):
+    """What a call asks of the loop beyond its answer.
 
-    One step leaves nothing to fuse, and is mostly bookkeeping. T is None where only the operator can
-    know the steps' sizes.
+    Attributes:
+        cells: for each direction what prepares a cell of the user's; ``None`` for nn.LSTM's cell.
+        keep: whether to return the steps.
+        opacus: the call on which Opacus' gradients are recorded, or ``None``.
     """
-    if may_scan():
-        return scan_direction
-    if T == 1:
-        return plain_direction
-    tensors = list(tensors)
-    if transforms_active():
-        return sample_direction if may_fold(tensors) else plain_direction
-    return fused_direction if may_fuse(tensors) else plain_direction
+
+    cells: Sequence[Prepare] | None = None
+    keep: bool = False
+    opacus: OpacusCall | None = None
 
 
-def lstm_stack(
+class Answer(NamedTuple):
+    """What the stack returns."""
+
+    output: Tensor  # [T, B, D * (P or H)], or packed [N, D * (P or H)]
+    h_n: Tensor  # [L * D, B, P or H]
+    c_n: Tensor  # [L * D, B, H]
+    steps: Sequence[Step] = ()  # where kept, of each direction: [T, B, features] or [N, features]
+
+
+NOTHING_MORE = Wishes()
+
+
+def run_stack(
     x: Tensor,
     batch_sizes: Tensor | None,
     h_0: Tensor,
     c_0: Tensor,
-    layers: list[list[DirectionWeights]],
-    dropout: float,
-    run: Direction | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights: Sequence[Weights],
+    D: int,
+    dropout: float = 0.0,
+    wishes: Wishes = NOTHING_MORE,
+) -> Answer:
     """Run all layers and directions.
 
     Args:
@@ -59,53 +65,76 @@ def lstm_stack(
         batch_sizes: ``None``, or for packed input the number of rows of each step, ``[T]``, int64.
         h_0: the initial hidden states, ``[L * D, B, P or H]``.
         c_0: the initial cell states, ``[L * D, B, H]``.
-        layers: the weights, ``layers[layer][direction]``.
+        weights: of each direction, the layers in turn.
+        D: the number of directions of a layer, 1 or 2.
         dropout: the probability with which an element between two layers is zeroed.
-        run: what runs each direction; ``None`` for the loop that is best.
-
-    Returns:
-        The output, ``[T, B, D * (P or H)]`` or packed ``[N, D * (P or H)]``, and h_n and c_n,
-        shaped like h_0 and c_0.
+        wishes: what the call asks besides.
     """
-    if run is None:
-        T: int | None = (x if batch_sizes is None else batch_sizes).size(0)
-        if batch_sizes is not None and torch.compiler.is_compiling():
-            T = None
-        run = loop_for(T, chain([x, h_0, c_0], *chain.from_iterable(layers), [batch_sizes]))
+    T: int | None = (x if batch_sizes is None else batch_sizes).size(0)
+    if batch_sizes is not None and is_compiling():
+        T = None  # only the operator knows how many rows a step has
+    loop = choose(
+        (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes),
+        [t for w in weights for t in w.values()],
+        T,
+        changed=wishes.cells is not None,
+        keep=wishes.keep,
+        opacus=wishes.opacus is not None,
+    )
+    if loop is Loop.TRACED:
+        return Answer(*run_traced(x, batch_sizes, h_0, c_0, weights, D, dropout)[:3])
+
     h_first = _rows(h_0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]
     h_last: list[Tensor] = []
     c_last: list[Tensor] = []
-    for layer, directions in enumerate(layers):
-        if dropout > 0 and layer > 0:
+    steps: list[Step] = []
+    outputs: list[Tensor] = []  # of the directions of one layer
+    for k, w in enumerate(weights):
+        if dropout > 0 and k > 0 and k % D == 0:  # another layer begins
             x = torch.dropout(x, dropout, train=True)
-        outputs: list[Tensor] = []
-        for direction, w in enumerate(directions):
-            k = len(h_last)  # layer * D + direction
-            bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh
-            output, h, c = run(
-                x,
-                batch_sizes,
-                h_first[k],
-                c_first[k],
-                w.weight_ih,
-                w.weight_hh,
-                bias,
-                w.weight_hr,
-                reverse=direction == 1,
-            )
-            outputs.append(output)
-            h_last.append(h)
-            c_last.append(c)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        bias = w["bias_ih"] + w["bias_hh"] if "bias_ih" in w else None
+        d = Direction(
+            x,
+            batch_sizes,
+            h_first[k],
+            c_first[k],
+            w["weight_ih"],
+            w["weight_hh"],
+            bias,
+            w.get("weight_hr"),
+            k % D == 1,
+        )
+        result = _run(loop, d, k, wishes)
+        outputs.append(result.output)
+        h_last.append(result.h_n)
+        c_last.append(result.c_n)
+        if result.steps is not None:
+            steps.append(result.steps)
+        if len(outputs) == D:
+            x = outputs[0] if D == 1 else torch.cat(outputs, dim=-1)
+            outputs = []
     if len(h_last) == 1:  # for one step of one layer, two copies are time worth saving
-        return x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0)
-    return x, torch.stack(h_last), torch.stack(c_last)
+        return Answer(x, h_last[0].unsqueeze(0), c_last[0].unsqueeze(0), steps)
+    return Answer(x, torch.stack(h_last), torch.stack(c_last), steps)
 
 
-def _rows(states: Tensor) -> tuple[Tensor, ...]:
+def _run(loop: Loop, d: Direction, k: int, wishes: Wishes) -> Result:
+    """Run the k-th direction by the loop that was chosen."""
+    if loop is Loop.FUSED:
+        return run_fused(d)
+    if loop is Loop.VMAP:
+        return run_vmap(d)
+    if loop in (Loop.OPACUS, Loop.OPACUS_PLAIN):
+        assert wishes.opacus is not None
+        return wishes.opacus.run(d, k, plain=loop is Loop.OPACUS_PLAIN)
+    prepare = None if wishes.cells is None else wishes.cells[k]
+    return (run_scan if loop is Loop.SCAN else run_plain)(d, prepare, wishes.keep)
+
+
+def _rows(states: Tensor) -> Sequence[Tensor]:
     """The states of each layer and direction."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return states.unbind(0)
     # AOTAutograd keeps what unbind returns and, where another has use for them, the states too.
     # Inductor takes each for a tensor of its own, and may write to one before it has read the other.

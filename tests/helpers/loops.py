@@ -12,12 +12,26 @@ import torch
 from torch import Tensor
 
 from manual_lstm import ManualLSTM
-from manual_lstm.engine import fused, stack
-from manual_lstm.loop import plain_direction
+from manual_lstm.engine import dispatch, fused, stack
+from manual_lstm.engine.direction import Direction, Gradients
+from manual_lstm.engine.dispatch import Loop
+from manual_lstm.loop import run_plain
 
-# One direction: x, batch_sizes, h_0, c_0, weight_ih, weight_hh, bias, weight_hr, reverse.
+# The arguments of one direction, in Direction's order; and which of them have a gradient.
 Arguments = tuple[Any, ...]
-DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7)
+DIFFERENTIABLE = tuple(Direction._fields.index(name) for name in Gradients._fields)
+
+
+def plain_direction(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction by the plain loop."""
+    output, h_n, c_n, _ = run_plain(Direction(*arguments))
+    return output, h_n, c_n
+
+
+def fused_direction(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction by the operator."""
+    output, h_n, c_n, _ = fused.run_fused(Direction(*arguments))
+    return output, h_n, c_n
 
 
 @contextmanager
@@ -34,36 +48,31 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def plainly() -> Any:
-    """The plain loop where else the fused one would run."""
-    return patched(stack, may_fuse=lambda *_: False)
+    """The plain loop where otherwise the operator would run."""
+    return patched(dispatch, _operator_takes=lambda *_: False)
 
 
 def always_plainly() -> Any:
     """The plain loop, whatever the choice would be."""
-    return patched(stack, loop_for=lambda *_: plain_direction)
-
-
-def without_folding() -> Any:
-    """The plain loop where else vmap's samples would run as rows."""
-    return patched(stack, may_fold=lambda *_, **__: False)
+    return patched(stack, choose=lambda *_, **__: Loop.PLAIN)
 
 
 @contextmanager
 def loops_chosen() -> Iterator[set[str]]:
     """The names of the loops that are chosen, also where a compiler only looks."""
     chosen: set[str] = set()
-    original = stack.loop_for
+    original = dispatch.choose
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note(name: str) -> None:
         chosen.add(name)
 
-    def spy(*arguments: Any) -> Any:
-        loop = original(*arguments)
-        note(loop.__name__)
+    def spy(*arguments: Any, **options: Any) -> Any:
+        loop = original(*arguments, **options)
+        note(loop.name)
         return loop
 
-    with patched(stack, loop_for=spy):
+    with patched(stack, choose=spy):
         yield chosen
 
 
@@ -138,13 +147,13 @@ def run_direction(function: Any, given_: Arguments, wanted: list[bool]) -> dict[
 def counted() -> Iterator[list[int]]:
     """How often the stack ran the fused direction."""
     calls: list[int] = []
-    original = fused.fused_direction
+    original = fused.run_fused
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return original(*args, **kwargs)
 
-    with patched(stack, fused_direction=spy):
+    with patched(stack, run_fused=spy):
         yield calls
 
 

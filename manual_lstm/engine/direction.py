@@ -1,0 +1,63 @@
+"""One direction of one layer: what every loop takes, and what every loop returns."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from manual_lstm.cell import Step
+
+
+class Direction(NamedTuple):
+    """The arguments of one direction. Their shapes are written down here and nowhere else.
+
+    Sequences are sorted by falling length, so step ``t`` of packed input works on the first
+    ``batch_sizes[t]`` of the B sequences.
+    """
+
+    x: Tensor  # the input of all steps, [T, B, I], or packed [N, I]; above the first layer I is D * P
+    batch_sizes: Tensor | None  # of packed input the number of rows of each step, [T], int64
+    h_0: Tensor  # the initial hidden state, [B, H], or [B, P] with a projection
+    c_0: Tensor  # the initial cell state, [B, H]
+    weight_ih: Tensor  # [4H, I]
+    weight_hh: Tensor  # [4H, H], or [4H, P] with a projection
+    bias: Tensor | None  # the sum of both biases, [4H]
+    weight_hr: Tensor | None  # [P, H], or None without a projection
+    reverse: bool  # go from the last step to the first; outputs stay at their input's step
+
+    @classmethod
+    def split(cls, arguments: Sequence[Any]) -> tuple["Direction", Sequence[Any]]:
+        """Part the arguments of an operator: those of its direction, which come first, and the rest."""
+        n = len(cls._fields)
+        return cls(*arguments[:n]), arguments[n:]
+
+
+class Gradients(NamedTuple):
+    """One value for each argument of a direction that has a gradient, by the same names."""
+
+    x: Any
+    h_0: Any
+    c_0: Any
+    weight_ih: Any
+    weight_hh: Any
+    bias: Any
+    weight_hr: Any
+
+    @classmethod
+    def of(cls, direction: "Direction | Sequence[Any]") -> "Gradients":
+        """Take from the arguments of a direction those that have a gradient."""
+        named = dict(zip(Direction._fields, direction))
+        return cls(**{name: named[name] for name in cls._fields})
+
+    def in_places(self) -> tuple[Any, ...]:
+        """One value for each argument of a direction: the gradient, or ``None`` where there is none."""
+        return tuple(getattr(self, name, None) for name in Direction._fields)
+
+
+class Result(NamedTuple):
+    """What a loop returns."""
+
+    output: Tensor  # [T, B, H], or packed [N, H]; P features with a projection
+    h_n: Tensor  # the final hidden state, [B, H], or [B, P] with a projection
+    c_n: Tensor  # the final cell state, [B, H]
+    steps: Step | None = None  # where the loop keeps them, all steps: [T, B, features] or [N, features]

@@ -1,0 +1,100 @@
+"""The choice of the loop: the only file that decides which one runs."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from manual_lstm.engine.context import (
+    are_of_one_kind,
+    autocast_dtype,
+    in_plain_loop,
+    is_batched,
+    is_exporting,
+    is_tracing,
+    only_vmap_and_grad,
+    scan_operator,
+    transforms_active,
+)
+
+# Where the operator has been tried, or needs no kernel.
+_DEVICES = {"cpu", "cuda", "meta"}
+
+
+class Loop(Enum):
+    """The ways to run a layer."""
+
+    PLAIN = "plain"  # loop.py, step by step
+    FUSED = "fused"  # engine/fused.py, the same as one operator
+    VMAP = "vmap"  # engine/vmap.py, the operator under torch.func's vmap and grad
+    SCAN = "scan"  # engine/scan.py, as torch's scan
+    OPACUS = "opacus"  # engine/opacus.py, the operator with a gradient for each sample
+    OPACUS_PLAIN = "opacus, plain"  # the same, but its forward goes step by step
+    TRACED = "traced"  # engine/traced.py, nn.LSTM's operator
+
+
+def choose(
+    data: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    T: int | None,
+    changed: bool = False,
+    keep: bool = False,
+    opacus: bool = False,
+) -> Loop:
+    """Choose the loop for one call of a layer.
+
+    Args:
+        data: input, h_0, c_0, and of packed input its batch_sizes.
+        weights: the weights of all directions.
+        T: the number of steps; ``None`` for packed input while compiling.
+        changed: whether the cell is not nn.LSTM's.
+        keep: whether the call wants the steps.
+        opacus: whether Opacus wants a gradient for each sample.
+    """
+    if opacus:
+        return Loop.OPACUS_PLAIN if in_plain_loop() else Loop.OPACUS
+    if in_plain_loop():
+        return Loop.PLAIN
+    if is_exporting() and scan_operator is not None:
+        return Loop.SCAN
+    if changed or keep:
+        return Loop.PLAIN
+    if is_tracing() and not transforms_active():
+        return Loop.TRACED
+    if T == 1:  # one step leaves nothing to fuse
+        return Loop.PLAIN
+    if transforms_active():
+        fits = only_vmap_and_grad() and _operator_takes(data, weights)
+        # In an ensemble the weights are batched themselves: the samples do not become one batch.
+        return Loop.VMAP if fits and not any(map(is_batched, weights)) else Loop.PLAIN
+    return Loop.FUSED if _operator_takes(data, weights) else Loop.PLAIN
+
+
+def choose_backward(forward: Loop) -> Loop:
+    """Choose which loop's derivative the backward of an operator uses.
+
+    PLAIN where the gradients are to be differentiated themselves: autograd then goes through the plain
+    loop. Otherwise the derivative derived by hand.
+
+    Args:
+        forward: the loop that ran, FUSED or VMAP.
+    """
+    if forward is Loop.VMAP:
+        return Loop.VMAP if only_vmap_and_grad() else Loop.PLAIN
+    return Loop.PLAIN if torch.is_grad_enabled() or transforms_active() else Loop.FUSED
+
+
+def _operator_takes(data: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether the operator serves these tensors, but for torch.func's transforms.
+
+    torch.jit.trace and torch.export look for a program of torch's own operators. Under autocast the
+    plain loop's operations are cast one by one; a layer casts, and switches autocast off, before this.
+    """
+    tensors = [*data, *weights]
+    return (
+        not (is_tracing() or is_exporting())
+        and autocast_dtype(data[0].device) is None
+        and are_of_one_kind(tensors)
+        and all(tensor.device.type in _DEVICES for tensor in tensors)
+    )

@@ -1,0 +1,32 @@
+"""The layer under torch.jit.trace: recorded as ``aten::lstm``, the operator behind nn.LSTM.
+
+A trace is written for other programs, which know that operator. It serves every length and batch size,
+where recorded steps would be as many as the example has.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from manual_lstm.engine.direction import Result
+
+_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # in the operator's order
+
+
+def run_traced(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Mapping[str, Tensor]],
+    D: int,
+    dropout: float,
+) -> Result:
+    """Run all layers and directions; the arguments are those of ``run_stack``."""
+    flat = [w[kind] for w in weights for kind in _KINDS if kind in w]
+    has_biases = "bias_ih" in weights[0]
+    options = has_biases, len(weights) // D, dropout, dropout > 0, D == 2
+    if batch_sizes is None:
+        return Result(*torch.lstm(x, (h_0, c_0), flat, *options, False))
+    return Result(*torch.lstm(x, batch_sizes, (h_0, c_0), flat, *options))

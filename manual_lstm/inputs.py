@@ -1,0 +1,345 @@
+"""The door of the layer: input in any form becomes steps once, and the answer gets that form back.
+
+:func:`enter` takes what the caller gave, checks it as nn.LSTM does, and returns an :class:`Inputs`.
+Behind it there are only steps, ``[T, B, I]`` or packed ``[N, I]``, and states ``[L * D, B, features]``
+with the sequences sorted by falling length. Nothing there knows of ``batch_first``, unbatched input,
+sorting or nested tensors. :meth:`Inputs.leave` is the way out.
+
+A new form of input is a new subclass of :class:`Inputs` and a line in :func:`enter`.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from manual_lstm.engine.context import autocast_dtype, is_compiling, is_tracing
+from manual_lstm.engine.dtypes import answer_dtypes, autocast, compute_dtype
+from manual_lstm.engine.nested import Jagged
+from manual_lstm.engine.stack import Answer
+
+States = tuple[Tensor, Tensor]
+
+
+class Layer(Protocol):
+    """What the door asks of a layer. A subclass may override its checks, which have nn.LSTM's names."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    batch_first: bool
+    _weight_names: list[list[str]]
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None: ...
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = ...
+    ) -> None: ...
+    def check_forward_args(self, input: Tensor, hidden: States, batch_sizes: Tensor | None) -> None: ...
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]: ...
+    def permute_hidden(self, hx: States, permutation: Tensor | None) -> States: ...
+
+
+def enter(layer: Layer, input: Any, hx: Any, weights: Sequence[Mapping[str, Tensor]]) -> "Inputs":
+    """Check ``(input, hx)`` and make steps of them.
+
+    Args:
+        layer: the layer that is called.
+        input, hx: what its caller gave.
+        weights: the weights of each direction by kind.
+
+    Raises:
+        What :class:`manual_lstm.ManualLSTM` documents.
+    """
+    form: type[Inputs] = Dense
+    if isinstance(input, PackedSequence):
+        form = Packed
+    elif isinstance(input, Tensor) and input.is_nested:
+        form = Nested
+    inputs = form(layer, input, hx, weights[0]["weight_ih"])
+    inputs.settle_dtypes(layer, weights)
+    return inputs
+
+
+class Inputs:
+    """The input of one call as steps.
+
+    Attributes:
+        x: ``[T, B, I]``, or packed ``[N, I]``.
+        batch_sizes: of packed input the number of rows of each step, ``[T]``; otherwise ``None``.
+        h_0: ``[L * D, B, P or H]``, sequences sorted.
+        c_0: ``[L * D, B, H]``, likewise.
+        weights: the weights of each direction by kind, in the dtype in which the loop computes.
+        B: the number of sequences that the caller gave.
+        sample_of: which of these each sequence behind the door is; ``None`` if they are in order.
+    """
+
+    x: Tensor
+    batch_sizes: Tensor | None = None
+    h_0: Tensor
+    c_0: Tensor
+    weights: Sequence[Mapping[str, Tensor]]
+    B: int
+    sample_of: Tensor | None = None
+    _cast_to: torch.dtype | None = None  # by autocast
+    _answer_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of output and h_n, and of c_n
+
+    def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def leave_sequence(self, rows: Tensor) -> Any:
+        """Give steps the form of the input."""
+        raise NotImplementedError
+
+    def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
+        """Give states the form in which the caller has them."""
+        raise NotImplementedError
+
+    def leave(self, answer: Answer) -> tuple[Any, States, list[list[Any]]]:
+        """The way out: the output, (h_n, c_n), and of each direction the parts of its steps."""
+        output, h_n, c_n, steps = answer
+        if self._answer_dtypes is not None:
+            h_dtype, c_dtype = self._answer_dtypes
+            output, h_n, c_n = output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
+            steps = [
+                type(step)(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
+                for step in steps
+            ]
+        kept = [[self.leave_sequence(part) for part in step] for step in steps]
+        return self.leave_sequence(output), self.leave_states(h_n, c_n), kept
+
+    def settle_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Cast as autocast does, check that all is alike, and go to the dtype of the loop."""
+        self._cast_to = cast_to = autocast_dtype(self.x.device)
+        x, h_0, c_0 = self.x, self.h_0, self.c_0
+        if cast_to is not None:
+            x, h_0, c_0 = (autocast(t, cast_to) for t in (x, h_0, c_0))
+            weights = [{kind: autocast(t, cast_to) for kind, t in w.items()} for w in weights]
+        self.weights = weights
+        _check_alike((x, h_0, c_0), weights, layer)
+        weight = weights[0]["weight_ih"]
+        compute = compute_dtype(weight.dtype)
+        if cast_to is None and compute == weight.dtype:
+            return
+        packed, projected = self.batch_sizes is not None, layer.proj_size > 0
+        self._answer_dtypes = answer_dtypes(self.x, self.c_0, weight, cast_to, packed, projected)
+        self.x, self.h_0, self.c_0 = (t.to(compute) for t in (x, h_0, c_0))
+        self.weights = [{kind: t.to(compute) for kind, t in w.items()} for w in weights]
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """A block in which autocast, which has been obeyed already, is off."""
+        if self._cast_to is None:
+            return nullcontext()
+        return torch.autocast(self.x.device.type, enabled=False)
+
+    def _zero_states(self, layer: Layer, x: Tensor) -> None:
+        """Make initial states of zeros for x in the caller's layout."""
+        layer.check_input(x, self.batch_sizes)
+        self.h_0 = x.new_zeros(layer.get_expected_hidden_size(x, self.batch_sizes))
+        self.c_0 = self.h_0  # nobody writes to it
+        if layer.proj_size:
+            self.c_0 = x.new_zeros(*self.h_0.shape[:2], layer.hidden_size)
+
+
+class Dense(Inputs):
+    """A tensor ``[T, B, I]``, ``[B, T, I]`` or unbatched ``[T, I]``."""
+
+    def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None:
+        x = _as_tensor(input)
+        self._batched = x.dim() == 3
+        self._batch_first = layer.batch_first
+        if not self._batched:
+            x = x.unsqueeze(0 if self._batch_first else 1)
+        _check_input_dtype(x, weight, packed=False)
+        if hx is None:
+            self._zero_states(layer, x)
+        else:
+            h_0, c_0 = _as_pair(hx, 3 if self._batched else 2, packed=False, indexed=True)
+            if not self._batched:
+                h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
+            layer.check_forward_args(x, (h_0, c_0), None)
+            self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), None)
+        self.B = self.h_0.size(1)
+        self.x = x.transpose(0, 1) if self._batch_first else x
+
+    def leave_sequence(self, rows: Tensor) -> Tensor:
+        if not self._batched:
+            return rows.squeeze(1)
+        return rows.transpose(0, 1) if self._batch_first else rows
+
+    def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
+        return (h_n, c_n) if self._batched else (h_n.squeeze(1), c_n.squeeze(1))
+
+
+class Packed(Inputs):
+    """A PackedSequence, sorted or not, or built by hand."""
+
+    def __init__(self, layer: Layer, input: PackedSequence, hx: Any, weight: Tensor) -> None:
+        x, self.batch_sizes, self._sorted, self._unsorted = input
+        self._layer = layer
+        if not is_tracing() and not is_compiling():  # the sizes are data there
+            rows = _check_batch_sizes(x, self.batch_sizes)
+            x = x if rows == x.size(0) else x[:rows]  # no sequence has the rest
+        _check_input_dtype(x, weight, packed=True)
+        if hx is None:
+            self._zero_states(layer, x)
+        else:
+            h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=self._sorted is not None)
+            layer.check_forward_args(x, (h_0, c_0), self.batch_sizes)
+            self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self._sorted)
+        self.B = self.h_0.size(1)
+        self.sample_of = self._sorted
+        self.x = x
+
+    def leave_sequence(self, rows: Tensor) -> PackedSequence:
+        assert self.batch_sizes is not None
+        return PackedSequence(rows, self.batch_sizes, self._sorted, self._unsorted)
+
+    def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
+        return self._layer.permute_hidden((h_n, c_n), self._unsorted)
+
+
+class Nested(Inputs):
+    """A nested tensor ``[B, j, I]`` of layout ``torch.jagged``. An empty sequence keeps its states."""
+
+    def __init__(self, layer: Layer, input: Tensor, hx: Any, weight: Tensor) -> None:
+        if input.layout != torch.jagged or input.dim() != 3 or input.size(-1) != layer.input_size:
+            raise ValueError(
+                f"a nested input should be [B, j, {layer.input_size}] of layout torch.jagged, "
+                f"but got {list(input.shape) if input.layout == torch.jagged else input.dim()} "
+                f"of layout {input.layout}"
+            )
+        self._jagged = jagged = Jagged(input)
+        self.B, self.sample_of = jagged.B, jagged.order
+        L, H = len(layer._weight_names), layer.hidden_size
+        expected_h, expected_c = (L, self.B, layer.proj_size or H), (L, self.B, H)
+        x = jagged.packed.data
+        if hx is None:
+            h_0, c_0 = x.new_zeros(expected_h), x.new_zeros(expected_c)
+        else:
+            h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
+            layer.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
+            layer.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
+        self._states = h_0, c_0
+        self._packed = Packed(
+            layer, jagged.packed, layer.permute_hidden((h_0, c_0), self.sample_of), weight
+        )
+        self.x, self.batch_sizes = self._packed.x, self._packed.batch_sizes
+        self.h_0, self.c_0 = self._packed.h_0, self._packed.c_0
+
+    def leave_sequence(self, rows: Tensor) -> Tensor:
+        return self._jagged.nest(self._packed.leave_sequence(rows))
+
+    def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
+        h_0, c_0 = self._states
+        return (
+            h_0.to(h_n.dtype).index_copy(1, self._jagged.order, h_n),
+            c_0.to(c_n.dtype).index_copy(1, self._jagged.order, c_n),
+        )
+
+
+def _check_alike(
+    data: tuple[Tensor, Tensor, Tensor], weights: Sequence[Mapping[str, Tensor]], layer: Layer
+) -> None:
+    """Check that input, states and weights are on the first weight's device and of its dtype."""
+    device, dtype = weights[0]["weight_ih"].device, weights[0]["weight_ih"].dtype
+    tensors = [*data]
+    for w in weights:
+        tensors.extend(w.values())
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.device != device:
+            break
+    else:
+        return
+    names = ["input", "h_0", "c_0"]
+    for w, weight_names in zip(weights, layer._weight_names):
+        suffix = weight_names[0].removeprefix("weight_ih")  # _l0, _l0_reverse, ...
+        names += [kind + suffix for kind in w]
+    for name, tensor in zip(names, tensors):
+        for what, actual, expected in (
+            ("device", tensor.device, device),
+            ("dtype", tensor.dtype, dtype),
+        ):
+            if actual != expected:
+                raise RuntimeError(
+                    f"input, hx and weights should be of one {what}, that of the first weight, "
+                    f"{expected}, but got {name} of {actual}"
+                )
+
+
+def _as_tensor(input: Any) -> Tensor:
+    if not isinstance(input, Tensor):
+        # nn.LSTM asks for input.dim() and finds none
+        raise AttributeError(
+            f"input should be a Tensor or a PackedSequence, but got {type(input).__name__}"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"input should be 2-D (unbatched) or 3-D, but got {input.dim()}-D: {list(input.shape)}"
+        )
+    return input
+
+
+def _check_input_dtype(input: Tensor, weight: Tensor, packed: bool) -> None:
+    if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
+        error = RuntimeError if packed else ValueError  # as nn.LSTM
+        raise error(
+            f"input should have the dtype of the weights, {weight.dtype}, but got {input.dtype}. "
+            f"Convert the input: input.to({weight.dtype}), or the model: model.to({input.dtype})"
+        )
+
+
+def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, Tensor]:
+    """Check that ``hx`` is (h_0, c_0), with the exceptions that nn.LSTM has for each mistake.
+
+    Args:
+        hx: what the caller gave.
+        rank: that of both states.
+        packed: the input is packed; nn.LSTM's kernel then finds mistakes, not its own checks.
+        indexed: nn.LSTM takes hx[0] and hx[1] before it counts them.
+    """
+    wanted = f"hx should be a pair (h_0, c_0) of {rank}-D tensors, but got "
+    if isinstance(hx, Tensor) and not packed:
+        given = wanted + f"one tensor of shape {list(hx.shape)}"
+        if hx.dim() == 0 or hx.size(0) < 2:
+            raise IndexError(given)
+        raise RuntimeError(given) if hx.dim() != rank + 1 else TypeError(given)
+    if not isinstance(hx, Sequence):
+        raise TypeError(wanted + type(hx).__name__)
+    if len(hx) != 2:
+        error = IndexError if len(hx) < 2 and indexed else RuntimeError
+        raise error(wanted + f"{len(hx)} elements")
+    h_0, c_0 = hx
+    if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
+        given = f"({type(h_0).__name__}, {type(c_0).__name__})"
+        raise (AttributeError if indexed else TypeError)(wanted + given)
+    if h_0.dim() != rank or c_0.dim() != rank:
+        flat = packed and min(h_0.dim(), c_0.dim()) < rank
+        given = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
+        raise (IndexError if flat else RuntimeError)(wanted + given)
+    return h_0, c_0
+
+
+def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:
+    """Check a PackedSequence that may have been built by hand, and count the rows that are used."""
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        error = RuntimeError if batch_sizes.dtype == torch.int32 else TypeError  # as nn.LSTM
+        raise error(
+            "batch_sizes should be one-dimensional and of torch.int64, but got "
+            f"{list(batch_sizes.shape)} of {batch_sizes.dtype}"
+        )
+    sizes: list[int] = batch_sizes.tolist()
+    if any(b > a for a, b in pairwise(sizes)) or min(sizes, default=0) < 0:
+        raise RuntimeError(f"batch_sizes should not grow, nor be negative, but got {sizes}")
+    rows = sum(sizes)
+    if rows > input.size(0):
+        raise RuntimeError(
+            f"data should have a row for each of the {rows} steps in batch_sizes, {sizes}, "
+            f"but got {input.size(0)}"
+        )
+    return rows
