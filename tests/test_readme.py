@@ -1,4 +1,4 @@
-"""Every example of the README and of the docstrings, run."""
+"""The READMEs: every example runs alone, what they show is what is printed, and every link resolves."""
 
 import doctest
 import os
@@ -14,29 +14,90 @@ from torch import nn
 import manual_lstm.functional
 import manual_lstm.module
 import manual_lstm.swap.replace
+from benchmarks import targets
+from benchmarks.workload import INFERENCE, TRAINING
 from manual_lstm.__main__ import main
 from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
 from tests.planted import MISTAKES, planted
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+# How many python blocks each README has: an example that is not found would not be run.
+BLOCKS = {
+    "README.md": 8,
+    "manual_lstm/README.md": 8,
+    "manual_lstm/report/README.md": 0,
+    "manual_lstm/testing/README.md": 2,
+    "benchmarks/README.md": 1,
+}
+TEXTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in BLOCKS}
+EXAMPLES = [
+    pytest.param(block, id=f"{path}-{k}")
+    for path, text in TEXTS.items()
+    for k, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 12
-    module = ModuleType("readme")
-    monkeypatch.setitem(sys.modules, "readme", module)  # where pickle looks for its classes
+def test_every_readme_and_every_example_is_here() -> None:
+    folders = [ROOT, *(ROOT / name for name in ("manual_lstm", "benchmarks", "tests"))]
+    found = [*folders[0].glob("*.md"), *(path for folder in folders[1:] for path in folder.rglob("*.md"))]
+    names = {path.relative_to(ROOT).as_posix() for path in found}
+    assert {name for name in names if name.endswith("README.md")} == set(BLOCKS)
+    assert {path: text.count("```python") for path, text in TEXTS.items()} == BLOCKS
+    assert len(EXAMPLES) == sum(BLOCKS.values())
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_an_example_runs_alone(
+    block: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if ".plot(" in block:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)  # where an example may write its files
+    module = ModuleType("readme_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where pickle looks for its classes
     names = vars(module)
-    for block in blocks:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         exec(compile(block, "<README>", "exec"), names)
-    tests = [value for name, value in names.items() if name.startswith("test_")]
-    assert len(tests) == 2
-    for test in tests:
-        test()
+        tests = [value for name, value in names.items() if name.startswith("test_")]
+        assert len(tests) == len(re.findall(r"^def test_", block, re.MULTILINE))
+        for test in tests:
+            test()
+    promised = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)
+    assert len(promised) == block.count("print(")
+    assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_the_first_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 230
+    assert len(TEXTS["README.md"].encode()) <= 14_000
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a text's headings, as GitHub makes them."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_the_links_resolve(path: str) -> None:
+    prose = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link]
+    assert links or path == "manual_lstm/testing/README.md"
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / name if name else ROOT / path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
 def test_a_failing_case_says_what_the_readme_shows() -> None:
-    shown = re.search(r"```text\n(output differs.*?)\n```", README, re.DOTALL)
+    text = TEXTS["manual_lstm/testing/README.md"]
+    shown = re.search(r"```text\n(output differs.*?)\n```", text, re.DOTALL)
     assert shown
     case = eval(shown[1].splitlines()[-1], {"Case": Case, "torch": torch})
     reference, layer = case.pair(planted(*MISTAKES["wrong from the 33rd step"]))
@@ -55,7 +116,7 @@ def test_the_check_prints_what_the_readme_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # RESEMBLYZER_CHECKPOINT is the wheel's pretrained.pt; without it, a file of the same make.
-    shown = re.search(r"check resemblyzer/pretrained.pt\n(.*)\n", README)
+    shown = re.search(r"check resemblyzer/pretrained.pt\n(.*)\n", TEXTS["README.md"])
     assert shown
     file = os.environ.get("RESEMBLYZER_CHECKPOINT")
     if file is None:
@@ -91,6 +152,36 @@ def test_the_docstrings_examples(module: ModuleType) -> None:
 
 def test_the_map_names_every_file() -> None:
     package = Path(manual_lstm.module.__file__).parent
-    named = set(re.findall(r"`manual_lstm/([\w/]+\.py)`", README))
+    section = TEXTS["manual_lstm/README.md"].split("\n## The files\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
     files = {path.relative_to(package) for path in package.rglob("*.py")}
-    assert named == {path.as_posix() for path in files if path.name != "__init__.py"}
+    assert sorted(named) == sorted(path.as_posix() for path in files if path.name != "__init__.py")
+
+
+def test_the_readme_has_the_speed_of_the_tables() -> None:
+    """The first README's figures are the geometric means of the tables, inference and training."""
+    tables = TEXTS["benchmarks/README.md"].split("```text\n")[1].split("\n```")[0]
+    means = [dict(re.findall(r"^([a-z-]+) +(\d\.\d\d) ", part, re.M)) for part in tables.split("TRAINING")]
+    plain = [re.findall(r"^all .* (\d\.\d\d)$", part, re.M) for part in tables.split("TRAINING")]
+    inference, training = means
+    prose = " ".join(TEXTS["README.md"].split())
+    for text in (
+        f"ManualLSTM takes {training['all']} times nn.LSTM's time in training and {inference['all']} times in "
+        "inference (geometric means over 15 shapes)",
+        f"Many small steps take {training['overhead']} and {inference['overhead']} times as long, a single "
+        f"step {training['one-step']} and {inference['one-step']} times",
+        f"takes {plain[1][0]} times nn.LSTM's time in training and {plain[0][0]} times in inference",
+        f"trains large layers in about nn.LSTM's time ({training['arithmetic']} times)",
+    ):
+        assert text in prose
+    slowest = max(float(ratio) for ratio in re.findall(r"^1?\d\d,1,\d+,\d+ +\S+ +(\S+)", tables, re.M))
+    assert f"up to {slowest:.1f} times as fast" in prose
+    assert len(re.findall(r"^\d+,\d+,\d+,\d+ ", tables, re.M)) == 2 * 15
+
+
+def test_the_readme_has_the_targets_of_the_benchmarks() -> None:
+    limits = {(f"{group}, each shape", modes[INFERENCE], modes[TRAINING]) for group, modes in targets.EACH.items()}
+    limits |= {(f"{g}, geometric mean", modes[INFERENCE], modes[TRAINING]) for g, modes in targets.MEAN.items()}
+    section = TEXTS["benchmarks/README.md"].split("\n## Targets\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*) \| (\d\.\d\d) \| (\d\.\d\d) \|$", section, re.M)
+    assert {(name, float(first), float(second)) for name, first, second in rows} == limits
