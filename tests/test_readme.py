@@ -4,11 +4,13 @@ import doctest
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import manual_lstm.functional
@@ -23,7 +25,7 @@ from tests.planted import MISTAKES, planted
 ROOT = Path(__file__).parent.parent
 # How many python blocks each README has: an example that is not found would not be run.
 BLOCKS = {
-    "README.md": 8,
+    "README.md": 7,
     "manual_lstm/README.md": 8,
     "manual_lstm/report/README.md": 0,
     "manual_lstm/testing/README.md": 2,
@@ -39,13 +41,32 @@ EXAMPLES = [
 
 def test_every_readme_and_every_example_is_here() -> None:
     folders = [ROOT, *(ROOT / name for name in ("manual_lstm", "benchmarks", "tests"))]
-    found = [*folders[0].glob("*.md"), *(path for folder in folders[1:] for path in folder.rglob("*.md"))]
+    found = [
+        *folders[0].glob("*.md"),
+        *(path for folder in folders[1:] for path in folder.rglob("*.md")),
+    ]
     names = {path.relative_to(ROOT).as_posix() for path in found}
     assert {name for name in names if name.endswith("README.md")} == set(BLOCKS)
     assert {path: text.count("```python") for path, text in TEXTS.items()} == BLOCKS
     assert len(EXAMPLES) == sum(BLOCKS.values())
 
 
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few cases for the examples that draw some: test_testing.py draws many of the same."""
+    defaults = conformance.check_lstm.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "max_examples", 1)
+    before = settings.default
+    assert before is not None
+    settings.register_profile("readme", before, max_examples=5)
+    settings.register_profile("before", before)
+    settings.load_profile("readme")
+    yield
+    settings.load_profile("before")
+
+
+@pytest.mark.usefixtures("few_cases")
 @pytest.mark.parametrize("block", EXAMPLES)
 def test_an_example_runs_alone(
     block: str,
@@ -159,29 +180,46 @@ def test_the_map_names_every_file() -> None:
 
 
 def test_the_readme_has_the_speed_of_the_tables() -> None:
-    """The first README's figures are the geometric means of the tables, inference and training."""
     tables = TEXTS["benchmarks/README.md"].split("```text\n")[1].split("\n```")[0]
-    means = [dict(re.findall(r"^([a-z-]+) +(\d\.\d\d) ", part, re.M)) for part in tables.split("TRAINING")]
-    plain = [re.findall(r"^all .* (\d\.\d\d)$", part, re.M) for part in tables.split("TRAINING")]
-    inference, training = means
+    inference, training = (
+        {
+            **dict(re.findall(r"^([a-z-]+) +(\d\.\d\d) ", table, re.MULTILINE)),
+            "plain": re.findall(r"^all .* (\d\.\d\d)$", table, re.MULTILINE)[0],
+            "shapes": str(len(re.findall(r"^\d+,\d+,\d+,\d+ ", table, re.MULTILINE))),
+        }
+        for table in tables.split("\nTRAINING")
+    )
+    one_by_one = re.findall(r"^\d{3},1,\d+,\d+ +\S+ +(\S+)", tables, re.MULTILINE)
     prose = " ".join(TEXTS["README.md"].split())
-    for text in (
-        f"ManualLSTM takes {training['all']} times nn.LSTM's time in training and {inference['all']} times in "
-        "inference (geometric means over 15 shapes)",
-        f"Many small steps take {training['overhead']} and {inference['overhead']} times as long, a single "
-        f"step {training['one-step']} and {inference['one-step']} times",
-        f"takes {plain[1][0]} times nn.LSTM's time in training and {plain[0][0]} times in inference",
-        f"trains large layers in about nn.LSTM's time ({training['arithmetic']} times)",
-    ):
-        assert text in prose
-    slowest = max(float(ratio) for ratio in re.findall(r"^1?\d\d,1,\d+,\d+ +\S+ +(\S+)", tables, re.M))
-    assert f"up to {slowest:.1f} times as fast" in prose
-    assert len(re.findall(r"^\d+,\d+,\d+,\d+ ", tables, re.M)) == 2 * 15
+
+    def shown(pattern: str) -> list[str]:
+        found = re.search(pattern.replace("#", r"(\d+(?:\.\d+)?)"), prose)
+        assert found, pattern
+        return list(found.groups())
+
+    text = "# times nn.LSTM's time in training and # times in inference"
+    assert shown(rf"ManualLSTM takes {text} \(geometric means over # shapes\)") == [
+        training["all"],
+        inference["all"],
+        training["shapes"],
+    ]
+    assert inference["shapes"] == training["shapes"]
+    assert shown(f"plain loop, which takes {text}") == [training["plain"], inference["plain"]]
+    assert shown("Many small steps take # and # times") == [training["overhead"], inference["overhead"]]
+    assert shown("a single step # and # times") == [training["one-step"], inference["one-step"]]
+    assert shown(r"large layers in about nn.LSTM's time \(# times\)") == [training["arithmetic"]]
+    (most,) = shown("one sequence at a time, where it is up to # times as fast")
+    assert float(most) == pytest.approx(max(map(float, one_by_one)), abs=0.0501)
 
 
 def test_the_readme_has_the_targets_of_the_benchmarks() -> None:
-    limits = {(f"{group}, each shape", modes[INFERENCE], modes[TRAINING]) for group, modes in targets.EACH.items()}
-    limits |= {(f"{g}, geometric mean", modes[INFERENCE], modes[TRAINING]) for g, modes in targets.MEAN.items()}
+    limits = {
+        (f"{group}, each shape", modes[INFERENCE], modes[TRAINING])
+        for group, modes in targets.EACH.items()
+    }
+    limits |= {
+        (f"{g}, geometric mean", modes[INFERENCE], modes[TRAINING]) for g, modes in targets.MEAN.items()
+    }
     section = TEXTS["benchmarks/README.md"].split("\n## Targets\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (.*) \| (\d\.\d\d) \| (\d\.\d\d) \|$", section, re.M)
+    rows = re.findall(r"^\| (.*) \| (\d\.\d\d) \| (\d\.\d\d) \|$", section, re.MULTILINE)
     assert {(name, float(first), float(second)) for name, first, second in rows} == limits

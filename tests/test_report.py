@@ -252,7 +252,9 @@ def test_the_readme_shows_the_tables() -> None:
             shown[label] = (ours, of_both)
         text = f"{len(lines)} features work with {'both' if of_both else 'ManualLSTM only'}:"
         assert text in path.read_text(encoding="utf-8")
-    assert [row.label for row in table.ROWS if row.label in shown] == sorted(shown, key=[row.label for row in table.ROWS].index)
+    assert [row.label for row in table.ROWS if row.label in shown] == sorted(
+        shown, key=[row.label for row in table.ROWS].index
+    )
     assert set(shown) == {row.label for row in table.ROWS}
     assert {ours for ours, _ in shown.values()} == {table.YES}
 
