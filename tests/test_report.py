@@ -242,21 +242,21 @@ def test_the_report_has_every_row() -> None:
 
 def test_the_readme_shows_the_tables() -> None:
     path = Path(__file__).parent.parent / "manual_lstm" / "report" / "README.md"
-    _, refused, both = path.read_text(encoding="utf-8").split("| ManualLSTM | nn.LSTM |\n")
-    shown: dict[str, tuple[str, bool]] = {}
-    for part, of_both in ((refused, False), (both, True)):
+    readme = path.read_text(encoding="utf-8")
+    _, refused, both = readme.split("| ManualLSTM | nn.LSTM |\n")
+    order = [row.label for row in table.ROWS]
+    shown: list[str] = []
+    for part, which in ((refused, "ManualLSTM only"), (both, "both")):
         lines = part[: part.index("\n\n")].splitlines()[1:]
-        for line in lines:
-            label, ours, theirs = (cell.strip() for cell in line.strip("| ").split(" | "))
-            assert (theirs == table.YES) is of_both
-            shown[label] = (ours, of_both)
-        text = f"{len(lines)} features work with {'both' if of_both else 'ManualLSTM only'}:"
-        assert text in path.read_text(encoding="utf-8")
-    assert [row.label for row in table.ROWS if row.label in shown] == sorted(
-        shown, key=[row.label for row in table.ROWS].index
-    )
-    assert set(shown) == {row.label for row in table.ROWS}
-    assert {ours for ours, _ in shown.values()} == {table.YES}
+        cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+        assert f"\n{len(lines)} features work with {which}:\n" in readme
+        assert {ours for _, ours, _ in cells} == {table.YES}
+        assert {theirs == table.YES for _, _, theirs in cells} == {which == "both"}
+        labels = [label for label, _, _ in cells]
+        assert labels == [label for label in order if label in labels]
+        shown += labels
+    assert sorted(shown) == sorted(order)
+    assert f"tries {len(order)} features" in readme
 
 
 def test_nn_lstm_is_what_the_rows_compare_with() -> None:
