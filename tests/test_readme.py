@@ -193,7 +193,7 @@ def test_the_readme_has_the_speed_of_the_tables() -> None:
         return list(found.groups())
 
     text = "# times nn.LSTM's time in training and # times in inference"
-    assert shown(rf"ManualLSTM takes {text} \(geometric means over # shapes\)") == [
+    assert shown(rf"ManualLSTM takes {text} \(geometric means over # shapes") == [
         training["all"],
         inference["all"],
         training["shapes"],
