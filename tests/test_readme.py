@@ -1,42 +1,119 @@
-"""Every example of the README and of the docstrings, run."""
+"""The READMEs: every example runs alone, what they show is what is printed, and every link resolves."""
 
 import doctest
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import manual_lstm.functional
 import manual_lstm.module
 import manual_lstm.swap.replace
+from benchmarks import targets
+from benchmarks.workload import INFERENCE, TRAINING
 from manual_lstm.__main__ import main
 from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
 from tests.helpers.planted import MISTAKES, planted
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("manual_lstm", "benchmarks", "tests")
+FILES = [ROOT / "README.md", *(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+# How many python blocks each has: an example that is not found would not be run.
+BLOCKS = {
+    "README.md": 7,
+    "manual_lstm/README.md": 8,
+    "manual_lstm/testing/README.md": 2,
+    "benchmarks/README.md": 1,
+}
+EXAMPLES = [
+    pytest.param(block, id=f"{path}-{k}")
+    for path, text in TEXTS.items()
+    for k, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 12
-    module = ModuleType("readme")
-    monkeypatch.setitem(sys.modules, "readme", module)  # where pickle looks for its classes
+def test_every_example_is_here() -> None:
+    counts = {path: text.count("```python") for path, text in TEXTS.items()}
+    assert {path: count for path, count in counts.items() if count} == BLOCKS
+    assert len(EXAMPLES) == sum(BLOCKS.values())
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few cases for the examples that draw some: test_testing.py draws many of the same."""
+    defaults = conformance.check_lstm.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "max_examples", 1)
+    before = settings.default
+    assert before is not None
+    settings.register_profile("readme", before, max_examples=5)
+    settings.register_profile("before", before)
+    settings.load_profile("readme")
+    yield
+    settings.load_profile("before")
+
+
+@pytest.mark.usefixtures("few_cases")
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_an_example_runs_alone(
+    block: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if ".plot(" in block:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)  # where an example may write its files
+    module = ModuleType("readme_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where pickle looks for its classes
     names = vars(module)
-    for block in blocks:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         exec(compile(block, "<README>", "exec"), names)
-    tests = [value for name, value in names.items() if name.startswith("test_")]
-    assert len(tests) == 2
-    for test in tests:
-        test()
+        tests = [value for name, value in names.items() if name.startswith("test_")]
+        assert len(tests) == len(re.findall(r"^def test_", block, re.MULTILINE))
+        for test in tests:
+            test()
+    promised = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)
+    assert len(promised) == block.count("print(")
+    assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_the_first_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 230
+    assert len(TEXTS["README.md"].encode()) <= 14_000
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a text's headings, as GitHub makes them."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_the_links_resolve(path: str) -> None:
+    prose = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link]
+    assert links or path not in ("README.md", "manual_lstm/README.md", "benchmarks/README.md")
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / name if name else ROOT / path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
 def test_a_failing_case_says_what_the_readme_shows() -> None:
-    shown = re.search(r"```text\n(output differs.*?)\n```", README, re.DOTALL)
+    text = TEXTS["manual_lstm/testing/README.md"]
+    shown = re.search(r"```text\n(output differs.*?)\n```", text, re.DOTALL)
     assert shown
     case = eval(shown[1].splitlines()[-1], {"Case": Case, "torch": torch})
     reference, layer = case.pair(planted(*MISTAKES["wrong from the 33rd step"]))
@@ -55,7 +132,7 @@ def test_the_check_prints_what_the_readme_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # RESEMBLYZER_CHECKPOINT is the wheel's pretrained.pt; without it, a file of the same make.
-    shown = re.search(r"check resemblyzer/pretrained.pt\n(.*)\n", README)
+    shown = re.search(r"check resemblyzer/pretrained.pt\n(.*)\n", TEXTS["README.md"])
     assert shown
     file = os.environ.get("RESEMBLYZER_CHECKPOINT")
     if file is None:
@@ -91,6 +168,53 @@ def test_the_docstrings_examples(module: ModuleType) -> None:
 
 def test_the_map_names_every_file() -> None:
     package = Path(manual_lstm.module.__file__).parent
-    named = set(re.findall(r"`manual_lstm/([\w/]+\.py)`", README))
+    section = TEXTS["manual_lstm/README.md"].split("\n## The files\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
     files = {path.relative_to(package) for path in package.rglob("*.py")}
-    assert named == {path.as_posix() for path in files if path.name != "__init__.py"}
+    assert sorted(named) == sorted(path.as_posix() for path in files if path.name != "__init__.py")
+
+
+def test_the_readme_has_the_speed_of_the_tables() -> None:
+    tables = TEXTS["benchmarks/README.md"].split("```text\n")[1].split("\n```")[0]
+    inference, training = (
+        {
+            **dict(re.findall(r"^([a-z-]+) +(\d\.\d\d) ", table, re.MULTILINE)),
+            "plain": re.findall(r"^all .* (\d\.\d\d)$", table, re.MULTILINE)[0],
+            "shapes": str(len(re.findall(r"^\d+,\d+,\d+,\d+ ", table, re.MULTILINE))),
+        }
+        for table in tables.split("\nTRAINING")
+    )
+    one_by_one = re.findall(r"^\d{3},1,\d+,\d+ +\S+ +(\S+)", tables, re.MULTILINE)
+    prose = " ".join(TEXTS["README.md"].split())
+
+    def shown(pattern: str) -> list[str]:
+        found = re.search(pattern.replace("#", r"(\d+(?:\.\d+)?)"), prose)
+        assert found, pattern
+        return list(found.groups())
+
+    text = "# times nn.LSTM's time in training and # times in inference"
+    assert shown(rf"ManualLSTM takes {text} \(geometric means over # shapes") == [
+        training["all"],
+        inference["all"],
+        training["shapes"],
+    ]
+    assert inference["shapes"] == training["shapes"]
+    assert shown(f"plain loop, which takes {text}") == [training["plain"], inference["plain"]]
+    assert shown("Many small steps take # and # times") == [training["overhead"], inference["overhead"]]
+    assert shown("a single step # and # times") == [training["one-step"], inference["one-step"]]
+    assert shown(r"large layers in about nn.LSTM's time \(# times\)") == [training["arithmetic"]]
+    (most,) = shown("one sequence at a time, where it is up to # times as fast")
+    assert float(most) == pytest.approx(max(map(float, one_by_one)), abs=0.0501)
+
+
+def test_the_readme_has_the_targets_of_the_benchmarks() -> None:
+    limits = {
+        (f"{group}, each shape", modes[INFERENCE], modes[TRAINING])
+        for group, modes in targets.EACH.items()
+    }
+    limits |= {
+        (f"{g}, geometric mean", modes[INFERENCE], modes[TRAINING]) for g, modes in targets.MEAN.items()
+    }
+    section = TEXTS["benchmarks/README.md"].split("\n## Targets\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*) \| (\d\.\d\d) \| (\d\.\d\d) \|$", section, re.MULTILINE)
+    assert {(name, float(first), float(second)) for name, first, second in rows} == limits

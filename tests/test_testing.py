@@ -221,7 +221,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def shown() -> dict[str, list[str]]:
     """The README's table: its columns by their heads."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    path = Path(__file__).parent.parent / "manual_lstm" / "testing" / "README.md"
+    readme = path.read_text(encoding="utf-8")
     lines = readme[readme.index(f"{'':<24}nn.LSTM      ManualLSTM") :].split("\n```")[0].splitlines()
     columns = {"": 0} | {head: 24 + 13 * k for k, head in enumerate(lines[0].split())}
     return {
