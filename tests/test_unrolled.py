@@ -8,7 +8,7 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
@@ -75,7 +75,6 @@ def test_the_same_numbers_as_forward(case: Case) -> None:
 
 
 @given(case=cases(large=False))
-@settings(max_examples=60)
 def test_layouts(case: Case) -> None:
     layer = ours(case)
     unrolled = layer.unroll(case.input(), case.hx())
