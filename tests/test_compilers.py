@@ -26,9 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS, few=("defaults", "all"))
-)
+@pytest.mark.parametrize(("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS))
 def test_a_row_on_compilers(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed))
 

@@ -27,7 +27,7 @@ def test_manual_lstm(check: Check) -> None:
     check()
 
 
-@pytest.mark.parametrize("check", lstm_checks(nn.LSTM, max_examples=10), ids=str)
+@pytest.mark.parametrize("check", lstm_checks(nn.LSTM, max_examples=5), ids=str)
 def test_nn_lstm_itself(check: Check) -> None:
     outcome = check.run()
     assert outcome.status == (AS_OFFICIAL if check.name == "no steps" else OK), outcome
@@ -308,7 +308,7 @@ def test_what_is_lacking_is_shown_and_not_tried() -> None:
         return nn.LSTM(I, H, num_layers)
 
     lacks = {*OPTIONS, "dtype", "device", "packed"} - {"num_layers"}
-    report = check_lstm(limited, lacks=lacks, max_examples=5)
+    report = check_lstm(limited, lacks=lacks, max_examples=2)
     found = {outcome.name: outcome.status for outcome in report.outcomes}
     assert list(found) == list(PROBES)
     implied = {"packed unsorted", "packed by hand", "dropout in eval"}
@@ -324,7 +324,7 @@ def test_what_is_lacking_is_shown_and_not_tried() -> None:
 
 
 def test_in_float32_alone() -> None:
-    report = check_lstm(ManualLSTM, lacks={"float64"}, max_examples=4)
+    report = check_lstm(ManualLSTM, lacks={"float64"}, max_examples=2)
     report.raise_for_failures()
     spoiled = check_lstm(planted(*MISTAKES["c detached"]), lacks={"float64"}, max_examples=4)
     assert "num_layers" in [failure.name for failure in spoiled.failures]

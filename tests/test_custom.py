@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
@@ -23,6 +23,7 @@ from tests.helpers.grids import quick_sample
 from tests.helpers.layers import DEEP, randn
 from tests.helpers.loops import runs_fused
 from tests.helpers.recipes import EQUATIONS, RECIPES, TEXTS
+from tests.helpers.search import share
 
 RANDOM = ["ZoneoutLSTM", "VariationalLSTM"]
 
@@ -42,7 +43,7 @@ def test_the_readme_has_the_six_in_ten_lines_each() -> None:
 
 @every_recipe
 @given(case=cases(large=False, without={"dropout"}))
-@settings(max_examples=40)
+@share(1 / 3)  # of six cells
 def test_the_equations_of_the_paper(name: str, case: Case) -> None:
     assume(case.lengths)
     reference, _ = case.pair(ManualLSTM)

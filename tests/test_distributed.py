@@ -20,9 +20,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _params() -> list[Any]:
+    """Each row with both options; the quick run takes them in turn."""
     return [
-        pytest.param(row, OPTIONS[name], packed, id=f"{row.label}-{name}{'-packed' * packed}")
-        for row in distributed.ROWS
+        pytest.param(
+            row,
+            OPTIONS[name],
+            packed,
+            id=f"{row.label}-{name}{'-packed' * packed}",
+            marks=[] if packed == (k % 2 == 0) else [pytest.mark.slow],
+        )
+        for k, row in enumerate(distributed.ROWS)
         for name, packed in (("defaults", True), ("all", False))
     ]
 

@@ -43,9 +43,7 @@ def _random_numbers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("row", "options", "packed"), row_grid(ROWS, SETTINGS, few=("defaults", "everything"))
-)
+@pytest.mark.parametrize(("row", "options", "packed"), row_grid(ROWS, SETTINGS))
 def test_a_row(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed=packed))
 

@@ -18,24 +18,22 @@ def run_row(row: ReportRow, setting: Setting) -> None:
         pytest.skip(f"needs {error}")
 
 
-def row_grid(
-    rows: Iterable[ReportRow], settings: Mapping[str, dict[str, Any]], few: tuple[str, str]
-) -> Iterator[Any]:
+def row_grid(rows: Iterable[ReportRow], settings: Mapping[str, dict[str, Any]]) -> Iterator[Any]:
     """A test's parameters: a row, options, and whether the input is packed; all but a sample slow.
 
-    Args:
-        settings: options by name. A slow row has those that ``few`` names.
-        few: the settings of the quick run. A row with packed input takes the first of them dense
-            and the second packed; another row takes both, and a slow one the second.
+    The quick run takes the first of the settings with dense input, and the last, which has the most
+    options, with packed input where the row has it. Rows that are slow themselves take the first of
+    the settings with packed input where they have it; and in the slow run the last besides.
     """
+    first, *_, last = settings
     for row in rows:
-        for name in few if row.slow else settings:
+        for name in (first, last) if row.slow else settings:
             for packed in (False, True) if row.packed else (False,):
-                if row.packed:
-                    quick = (name, packed) in ((few[0], False), (few[1], True))
+                if row.slow:
+                    quick = (name, packed) == (first, row.packed)
                 else:
-                    quick = name == few[1] or (name == few[0] and not row.slow)
-                optional = [pytest.mark.optional] if row.needs else []
-                marks = optional if quick else [*optional, pytest.mark.slow]
+                    quick = (name, packed) in ((first, False), (last, row.packed))
+                marks = [] if quick else [pytest.mark.slow]
+                marks += [pytest.mark.optional] if row.needs else []
                 label = f"{row.label}-{name}{'-packed' * packed}"
                 yield pytest.param(row, settings[name], packed, id=label, marks=marks)

@@ -1,7 +1,8 @@
-"""Hypothesis settings for tests which expect that a search finds something."""
+"""Hypothesis settings beside the profiles of conftest.py."""
 
 from hypothesis import HealthCheck, Phase, settings
 
+# For tests which expect that a search finds something.
 SEARCH = settings(
     max_examples=200,
     derandomize=True,
@@ -11,3 +12,8 @@ SEARCH = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def share(part: float) -> settings:
+    """A part of the profile's examples, for a property whose cases take long."""
+    return settings(max_examples=max(1, int(part * settings().max_examples)))
