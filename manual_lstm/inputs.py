@@ -24,6 +24,8 @@ from manual_lstm.engine.stack import Answer
 
 States = tuple[Tensor, Tensor]
 
+_NO_BLOCK = nullcontext()
+
 
 class Layer(Protocol):
     """What the door asks of a layer. A subclass may override its checks, which have nn.LSTM's names."""
@@ -75,8 +77,8 @@ class Inputs:
         h_0: ``[L * D, B, P or H]``, sequences sorted.
         c_0: ``[L * D, B, H]``, likewise.
         weights: the weights of each direction by kind, in the dtype in which the loop computes.
-        B: the number of sequences that the caller gave.
-        sample_of: which of these each sequence behind the door is; ``None`` if they are in order.
+        sample_of: which of the caller's sequences each one behind the door is; ``None`` if they are in
+            order.
     """
 
     x: Tensor
@@ -84,13 +86,16 @@ class Inputs:
     h_0: Tensor
     c_0: Tensor
     weights: Sequence[Mapping[str, Tensor]]
-    B: int
     sample_of: Tensor | None = None
     _cast_to: torch.dtype | None = None  # by autocast
     _answer_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of output and h_n, and of c_n
 
     def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None:
         raise NotImplementedError
+
+    def batch_size(self) -> int:
+        """How many sequences the caller gave."""
+        return self.h_0.size(1)
 
     def leave_sequence(self, rows: Tensor) -> Any:
         """Give steps the form of the input."""
@@ -110,7 +115,7 @@ class Inputs:
                 type(step)(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
                 for step in steps
             ]
-        kept = [[self.leave_sequence(part) for part in step] for step in steps]
+        kept = [[self.leave_sequence(part) for part in step] for step in steps] if steps else []
         return self.leave_sequence(output), self.leave_states(h_n, c_n), kept
 
     def settle_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:
@@ -134,7 +139,7 @@ class Inputs:
     def without_autocast(self) -> AbstractContextManager[Any]:
         """A block in which autocast, which has been obeyed already, is off."""
         if self._cast_to is None:
-            return nullcontext()
+            return _NO_BLOCK
         return torch.autocast(self.x.device.type, enabled=False)
 
     def _zero_states(self, layer: Layer, x: Tensor) -> None:
@@ -164,7 +169,6 @@ class Dense(Inputs):
                 h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
             layer.check_forward_args(x, (h_0, c_0), None)
             self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), None)
-        self.B = self.h_0.size(1)
         self.x = x.transpose(0, 1) if self._batch_first else x
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
@@ -192,7 +196,6 @@ class Packed(Inputs):
             h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=self._sorted is not None)
             layer.check_forward_args(x, (h_0, c_0), self.batch_sizes)
             self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self._sorted)
-        self.B = self.h_0.size(1)
         self.sample_of = self._sorted
         self.x = x
 
@@ -215,9 +218,9 @@ class Nested(Inputs):
                 f"of layout {input.layout}"
             )
         self._jagged = jagged = Jagged(input)
-        self.B, self.sample_of = jagged.B, jagged.order
+        self.sample_of = jagged.order
         L, H = len(layer._weight_names), layer.hidden_size
-        expected_h, expected_c = (L, self.B, layer.proj_size or H), (L, self.B, H)
+        expected_h, expected_c = (L, jagged.B, layer.proj_size or H), (L, jagged.B, H)
         x = jagged.packed.data
         if hx is None:
             h_0, c_0 = x.new_zeros(expected_h), x.new_zeros(expected_c)
@@ -231,6 +234,9 @@ class Nested(Inputs):
         )
         self.x, self.batch_sizes = self._packed.x, self._packed.batch_sizes
         self.h_0, self.c_0 = self._packed.h_0, self._packed.c_0
+
+    def batch_size(self) -> int:
+        return int(self._jagged.B)  # empty sequences count
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
         return self._jagged.nest(self._packed.leave_sequence(rows))

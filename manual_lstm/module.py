@@ -375,7 +375,7 @@ class ManualLSTM(nn.Module):
                 {name[: name.index("_l")]: self._parameters.get(name) for name in names}
                 for names in self._weight_names
             ]
-            return Wishes(opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.B))
+            return Wishes(opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size()))
         if not changed:
             return Wishes(keep=True) if keep else NOTHING_MORE
         own_names = self._own_names or [{} for _ in inputs.weights]

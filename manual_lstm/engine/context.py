@@ -33,6 +33,8 @@ try:
 except ImportError:
     scan_operator = None
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+# Whether torch.jit.trace is watching: sizes are traced there, not known.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
 
 # The kinds of tensor that an operator takes: torch's own, or fake ones, which have no numbers. It
@@ -82,11 +84,6 @@ def plain_loop() -> Iterator[None]:
 def in_plain_loop() -> bool:
     """Whether this thread is inside :func:`plain_loop`."""
     return getattr(_thread, "plain_loop", False)
-
-
-def is_tracing() -> bool:
-    """Whether torch.jit.trace is watching: sizes are traced there, not known."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def transforms_active() -> bool:

@@ -44,14 +44,14 @@ class Gradients(NamedTuple):
     weight_hr: Any
 
     @classmethod
-    def of(cls, direction: "Direction | Sequence[Any]") -> "Gradients":
+    def of(cls, d: Direction) -> "Gradients":
         """Take from the arguments of a direction those that have a gradient."""
-        named = dict(zip(Direction._fields, direction))
-        return cls(**{name: named[name] for name in cls._fields})
+        return cls(d.x, d.h_0, d.c_0, d.weight_ih, d.weight_hh, d.bias, d.weight_hr)
 
     def in_places(self) -> tuple[Any, ...]:
-        """One value for each argument of a direction: the gradient, or ``None`` where there is none."""
-        return tuple(getattr(self, name, None) for name in Direction._fields)
+        """One value for each argument of a direction; ``None`` for those that have no gradient."""
+        x, h_0, c_0, *weights = self
+        return x, None, h_0, c_0, *weights, None
 
 
 class Result(NamedTuple):

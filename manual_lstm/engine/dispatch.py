@@ -1,6 +1,6 @@
 """The choice of the loop: the only file that decides which one runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -36,7 +36,7 @@ class Loop(Enum):
 
 def choose(
     data: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Mapping[str, Tensor]],
     T: int | None,
     changed: bool = False,
     keep: bool = False,
@@ -46,7 +46,7 @@ def choose(
 
     Args:
         data: input, h_0, c_0, and of packed input its batch_sizes.
-        weights: the weights of all directions.
+        weights: the weights of each direction, by kind.
         T: the number of steps; ``None`` for packed input while compiling.
         changed: whether the cell is not nn.LSTM's.
         keep: whether the call wants the steps.
@@ -65,9 +65,13 @@ def choose(
     if T == 1:  # one step leaves nothing to fuse
         return Loop.PLAIN
     if transforms_active():
-        fits = only_vmap_and_grad() and _operator_takes(data, weights)
         # In an ensemble the weights are batched themselves: the samples do not become one batch.
-        return Loop.VMAP if fits and not any(map(is_batched, weights)) else Loop.PLAIN
+        fits = (
+            only_vmap_and_grad()
+            and _operator_takes(data, weights)
+            and not any(is_batched(t) for w in weights for t in w.values())
+        )
+        return Loop.VMAP if fits else Loop.PLAIN
     return Loop.FUSED if _operator_takes(data, weights) else Loop.PLAIN
 
 
@@ -85,13 +89,13 @@ def choose_backward(forward: Loop) -> Loop:
     return Loop.PLAIN if torch.is_grad_enabled() or transforms_active() else Loop.FUSED
 
 
-def _operator_takes(data: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+def _operator_takes(data: Sequence[Tensor], weights: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether the operator serves these tensors, but for torch.func's transforms.
 
     torch.jit.trace and torch.export look for a program of torch's own operators. Under autocast the
     plain loop's operations are cast one by one; a layer casts, and switches autocast off, before this.
     """
-    tensors = [*data, *weights]
+    tensors = [*data, *(t for w in weights for t in w.values())]
     return (
         not (is_tracing() or is_exporting())
         and autocast_dtype(data[0].device) is None

@@ -271,6 +271,7 @@ class _WeightSums:
         self._ih = OuterSum(d.weight_ih, piece) if need.weight_ih else None
         self._hh = OuterSum(d.weight_hh, piece) if need.weight_hh else None
         self._hr = OuterSum(d.weight_hr, piece) if need.weight_hr and d.weight_hr is not None else None
+        self._need_bias = need.bias
         self._bias = d.x.new_zeros(d.weight_hh.size(0) if need.bias else 0)  # [4H]
 
     def add(self, x: Tensor, h_before: Tensor, m: Tensor, da: Tensor, d_h: Tensor | None) -> None:
@@ -289,7 +290,7 @@ class _WeightSums:
             self._hh.add(da, h_before.conj())
         if self._hr is not None and d_h is not None:
             self._hr.add(d_h, m.conj())
-        if len(self._bias):
+        if self._need_bias:
             self._bias += da.sum(0)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -322,7 +323,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of all arguments of ``direction``."""
     *tensors, gates, cells = ctx.saved_tensors
     d = Direction._make([*tensors, ctx.reverse])
-    need = Gradients.of(ctx.needs_input_grad)
+    need = Gradients.of(Direction.split(ctx.needs_input_grad)[0])
     grad_results = grads[:3]  # of output, h_n and c_n
     # Under autocast too the products are those of the forward's dtype, as in nn.LSTM's backward.
     kind, cast_to = gates.device.type, autocast_dtype(gates.device)

@@ -75,7 +75,7 @@ def run_stack(
         T = None  # only the operator knows how many rows a step has
     loop = choose(
         (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes),
-        [t for w in weights for t in w.values()],
+        weights,
         T,
         changed=wishes.cells is not None,
         keep=wishes.keep,
