@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from manual_lstm.engine.context import is_compiling, is_tracing
+
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
     """Look up an operator of ``torch.ops.mkldnn``, ``None`` where it does not exist."""
@@ -124,6 +126,9 @@ def gate_products(
     return GateProducts(weight_ih, weight_hh, bias)
 
 
+_FEW_COLUMNS = 16  # below so many MKL adds up row by row
+
+
 def missing_columns(weight: Tensor, multiple: int = 1) -> int:
     """How many columns of zeros ``[M, N]`` should get before its gradient is computed.
 
@@ -137,7 +142,7 @@ def missing_columns(weight: Tensor, multiple: int = 1) -> int:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return 0
     N = weight.size(1)
-    return max(16, -(-N // multiple) * multiple) - N
+    return max(_FEW_COLUMNS, -(-N // multiple) * multiple) - N
 
 
 def with_columns_of_zeros(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,9 +152,9 @@ def with_columns_of_zeros(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., N]``.
         weight: ``[M, N]``.
     """
-    # A compiled program would take the number of rows for a constant.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        columns = missing_columns(weight)
+    # A compiled program or a trace would take the number of rows for a constant.
+    if torch.is_grad_enabled() and not is_compiling() and not is_tracing():
+        columns = missing_columns(weight) if weight.size(1) < _FEW_COLUMNS else 0
         if columns > 0 and x.dtype == weight.dtype and x.numel() // weight.size(1) > 512:
             return pad(x, (0, columns)), pad(weight, (0, columns))
     return x, weight
