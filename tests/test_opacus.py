@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from manual_lstm import ManualLSTM
+from manual_lstm import ManualLSTM, plain_loop
 
 pytest.importorskip("opacus")
 from opacus import PrivacyEngine
@@ -95,6 +96,24 @@ def test_equal_to_the_samples_one_by_one(
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(_gradient(parameter), expected[name], rtol=0, atol=1e-12)
         torch.testing.assert_close(parameter.grad, expected[name].sum(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted", "unsorted", "nested"])
+def test_in_the_plain_loop(form: str) -> None:
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
+    layer = ManualLSTM(I, H, batch_first=True, dtype=torch.float64, **options)
+    expected = gradients_one_by_one(layer, form, LOSSES["all"], None)
+    model = GradSampleModule(layer, loss_reduction="sum")
+    with (
+        plain_loop(),
+        mock.patch("manual_lstm.engine.opacus.direction", side_effect=AssertionError),
+    ):
+        output, (h_n, c_n) = model(make_input(form))
+        loss = LOSSES["all"](output.values() if form == "nested" else output, h_n, c_n)
+        loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(_gradient(parameter), expected[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["dense", "sorted", "unsorted"])
