@@ -137,15 +137,20 @@ def lstm_cell_out(
     return c_out
 
 
-def output_again(o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute tanh(c) and m = o tanh(c) once more, for a backward that has kept only o and c.
+def output_again(o: Tensor, c: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute tanh(c), m and h once more, for a backward that has kept only o and c.
 
     Args:
         o: output gates, ``[n, H]``.
         c: cell states after their steps, ``[n, H]``.
+        weight_hr: ``[P, H]``, or ``None`` without a projection.
+
+    Returns:
+        tanh(c) and m, ``[n, H]``, and h, ``[n, P or H]``.
     """
     tanh_c = torch.tanh(c)
-    return tanh_c, o * tanh_c
+    m = o * tanh_c
+    return tanh_c, m, m if weight_hr is None else torch.mm(m, weight_hr.t())
 
 
 def lstm_cell_derivatives(
@@ -189,11 +194,18 @@ def lstm_cell_derivatives(
 
 
 def lstm_cell_backward(
-    d_m: Tensor, d_c: Tensor, da_ifg: Tensor, da_o: Tensor, dm_to_dc: Tensor, f_conj: Tensor
+    d_h: Tensor,
+    d_c: Tensor,
+    weight_hr_conj: Tensor | None,
+    da_ifg: Tensor,
+    da_o: Tensor,
+    dm_to_dc: Tensor,
+    f_conj: Tensor,
 ) -> None:
     r"""Go back through one step, in place: the chain rule from the step's last line to its first.
 
     .. math::
+        \delta m_t &= \delta h_t \text{ or, projected, } W_{hr}^T \delta h_t \\
         \delta c_t &\mathrel{+}= \delta m_t \; \partial m_t / \partial c_t \\
         \delta a_{i,f,g} &= \delta c_t \; \partial c_t / \partial a_{i,f,g},\quad
         \delta a_o = \delta m_t \; \partial m_t / \partial a_o \\
@@ -202,13 +214,15 @@ def lstm_cell_backward(
     where :math:`\delta z` is the gradient of the loss by z.
 
     Args:
-        d_m: the gradient of m, ``[b, H]``: that of h, or :math:`W_{hr}^T` times it.
+        d_h: the gradient of h, ``[b, P or H]``.
         d_c: the gradient of c from the step after this one, ``[b, H]``. Becomes that of the c before.
+        weight_hr_conj: weight_hr, conjugated, ``[P, H]``, or ``None`` without a projection.
         da_ifg: factors by :func:`lstm_cell_derivatives`, ``[b, 3, H]``. Becomes a's gradient.
         da_o: the same for the output gate, ``[b, H]``.
         dm_to_dc: the factor from m to c, ``[b, H]``.
         f_conj: the forget gate, conjugated, ``[b, H]``.
     """
+    d_m = d_h if weight_hr_conj is None else d_h @ weight_hr_conj  # [b, H]
     d_c.addcmul_(d_m, dm_to_dc)
     da_ifg.mul_(d_c.unsqueeze(1))
     da_o.mul_(d_m)

@@ -101,7 +101,7 @@ def test_equal_to_the_samples_one_by_one(
 @pytest.mark.parametrize("form", ["dense", "sorted", "unsorted", "nested"])
 def test_in_the_plain_loop(form: str) -> None:
     torch.manual_seed(0)
-    options = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
     layer = ManualLSTM(I, H, batch_first=True, dtype=torch.float64, **options)
     expected = gradients_one_by_one(layer, form, LOSSES["all"], None)
     model = GradSampleModule(layer, loss_reduction="sum")

@@ -17,13 +17,15 @@ from torch.nn import Parameter
 _functorch_active: Callable[[], bool] | None = getattr(
     torch._C, "_are_functorch_transforms_active", None
 )
+_functorch: Any = getattr(torch._C, "_functorch", None)
 _interpreters: Callable[[], list[Any] | None] | None = getattr(
-    getattr(torch._C, "_functorch", None), "get_interpreter_stack", None
+    _functorch, "get_interpreter_stack", None
 )
 # A transform that has ended leaves its tensors in a wrapper, which the next one takes for its own.
 unwrap_if_dead: Callable[[Tensor], Tensor] = getattr(
-    getattr(torch._C, "_functorch", None), "unwrap_if_dead", lambda tensor: tensor
+    _functorch, "unwrap_if_dead", lambda tensor: tensor
 )
+_LOOKING_INSIDE = ("is_batchedtensor", "is_gradtrackingtensor", "get_unwrapped")
 # torch's scan operator is not public yet.
 scan_operator: Callable[..., Any] | None
 try:
@@ -32,6 +34,7 @@ try:
     scan_operator = scan
 except ImportError:
     scan_operator = None
+is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Whether torch.jit.trace is watching: sizes are traced there, not known.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
@@ -106,11 +109,12 @@ def only_vmap_and_grad() -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether a vmap runs over this tensor, at any level."""
-    functorch = torch._C._functorch
-    while not functorch.is_batchedtensor(tensor):
-        if not functorch.is_gradtrackingtensor(tensor):
+    if not all(hasattr(_functorch, name) for name in _LOOKING_INSIDE):
+        return True
+    while not _functorch.is_batchedtensor(tensor):
+        if not _functorch.is_gradtrackingtensor(tensor):
             return False
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     return True
 
 

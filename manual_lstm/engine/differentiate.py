@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manual_lstm.engine.context import is_grad_enabled
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.loop import run_plain
 
@@ -22,7 +23,7 @@ def plain_gradients(d: Direction, grads: Sequence[Tensor | None], needs: Gradien
         The gradients; ``None`` where not wanted, or where nothing depends on the argument.
     """
     names = [name for name, need in needs._asdict().items() if need]
-    create_graph = torch.is_grad_enabled()
+    create_graph = is_grad_enabled()
     with torch.enable_grad():
         # Views, so that h_0 and c_0 may be one tensor and each have a gradient.
         inputs = {name: (t := getattr(d, name)).view_as(t) for name in names}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from manual_lstm.engine.context import (
@@ -12,6 +11,7 @@ from manual_lstm.engine.context import (
     in_plain_loop,
     is_batched,
     is_exporting,
+    is_grad_enabled,
     is_tracing,
     only_vmap_and_grad,
     scan_operator,
@@ -86,7 +86,7 @@ def choose_backward(forward: Loop) -> Loop:
     """
     if forward is Loop.VMAP:
         return Loop.VMAP if only_vmap_and_grad() else Loop.PLAIN
-    return Loop.PLAIN if torch.is_grad_enabled() or transforms_active() else Loop.FUSED
+    return Loop.PLAIN if is_grad_enabled() or transforms_active() else Loop.FUSED
 
 
 def _operator_takes(data: Sequence[Tensor], weights: Sequence[Mapping[str, Tensor]]) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from manual_lstm.cell import lstm_cell_backward, lstm_cell_derivatives, lstm_cell_out, output_again
-from manual_lstm.engine.context import autocast_dtype
+from manual_lstm.engine.context import autocast_dtype, is_grad_enabled
 from manual_lstm.engine.differentiate import plain_gradients
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.dispatch import Loop, choose_backward
@@ -46,7 +46,7 @@ _contiguous = torch.contiguous_format  # of all that is returned: a compiled cal
 
 def run_fused(d: Direction) -> Result:
     """Take all steps of one direction by the operator."""
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in Gradients.of(d))
+    save = is_grad_enabled() and any(t is not None and t.requires_grad for t in Gradients.of(d))
     output, h_n, c_n, *_ = direction(*d, save)
     return Result(output, h_n, c_n)
 
@@ -213,11 +213,13 @@ def direction_backward(
     # The gradients of a step's states, [b, P or H] and [b, H]; None where no step has made d_h_t yet.
     d_h_t, d_c_t = None, d_c
     for block in reversed(steps.blocks()):
-        rows, wide_rows = steps.rows(block), steps.rows(steps.widened(block))
+        wide = steps.widened(block)  # with its neighbours, which have the state before its first step
+        rows, wide_rows = steps.rows(block), steps.rows(wide)
         n = rows.stop - rows.start
         inside = slice(rows.start - wide_rows.start, rows.stop - wide_rows.start)
         # h and tanh(c) are not kept, so that the owner of the output may write to it.
-        tanh_c, m = output_again(gates[3, wide_rows], cells[wide_rows])  # [n', H]
+        # tanh_c and m: [n', H], h: [n', P or H]
+        tanh_c, m, h = output_again(gates[3, wide_rows], cells[wide_rows], weight_hr)
         i, f, g, o = gates[:, rows]  # four times [n, H]
         c_before = torch.cat([steps.previous(t, c_steps, c_0) for t in block])  # [n, H]
         da = da_rows[rows] if by_row else x.new_empty(n, 4 * H)  # factors, and then a's gradient
@@ -232,11 +234,9 @@ def direction_backward(
             if d_h_t is None:
                 d_h_t = d_h[:b] if out_steps is None else d_h[:b] + out_steps[t]
                 d_c_t = d_c[:b]
-            d_m = d_h_t
-            if weight_hr_conj is not None:
+            if weight_hr is not None:
                 d_h_block.append(d_h_t.clone() if out_steps is None else d_h_t)
-                d_m = d_h_t @ weight_hr_conj  # [b, H]
-            lstm_cell_backward(d_m, d_c_t, *of_cell)
+            lstm_cell_backward(d_h_t, d_c_t, weight_hr_conj, *of_cell)
 
             first = steps.is_first(t)
             if out_steps is not None and not first and sizes[steps.before(t)] == b:
@@ -246,9 +246,7 @@ def direction_backward(
                     d_h[:b] = torch.mm(da_t, weight_hh_conj)
                 d_h_t = None
 
-        h_wide = m if weight_hr is None else m @ weight_hr.t()  # [n', P or H]
-        wide = steps.widened(block)
-        h_steps = dict(zip(wide, h_wide.split_with_sizes(sizes[wide.start : wide.stop])))
+        h_steps = dict(zip(wide, h.split_with_sizes(sizes[wide.start : wide.stop])))
         h_before = torch.cat([steps.previous(t, h_steps, h_0) for t in block])  # [n, P or H]
         d_h_all = torch.cat(d_h_block if reverse else d_h_block[::-1]) if d_h_block else None
         sums.add(steps.rows_of(x, block), h_before, m[inside], da, d_h_all)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manual_lstm.engine.context import is_compiling, is_tracing
+from manual_lstm.engine.context import is_compiling, is_grad_enabled, is_tracing
 
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
@@ -152,12 +152,14 @@ def with_columns_of_zeros(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., N]``.
         weight: ``[M, N]``.
     """
-    # A compiled program or a trace would take the number of rows for a constant.
-    if torch.is_grad_enabled() and not is_compiling() and not is_tracing():
-        columns = missing_columns(weight) if weight.size(1) < _FEW_COLUMNS else 0
-        if columns > 0 and x.dtype == weight.dtype and x.numel() // weight.size(1) > 512:
-            return pad(x, (0, columns)), pad(weight, (0, columns))
-    return x, weight
+    # A trace or a compiled program would take the number of rows for a constant.
+    if not is_grad_enabled() or is_tracing() or is_compiling():
+        return x, weight
+    N = weight.size(1)
+    if N >= _FEW_COLUMNS or x.dtype != weight.dtype or x.numel() // N <= 512:
+        return x, weight
+    columns = missing_columns(weight)
+    return pad(x, (0, columns)), pad(weight, (0, columns))
 
 
 class OuterSum:

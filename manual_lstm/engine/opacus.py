@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from manual_lstm.engine.context import is_grad_enabled
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.fused import direction
 from manual_lstm.engine.sample_gradients import sample_gradients
@@ -40,7 +41,7 @@ def attach(layer: Any, owner: Any) -> RemovableHandle:
 def active_owner(layer: Any) -> Any:
     """Who wants the gradients of every sample from this call of the layer, or ``None``."""
     for owner in (layer._sample_hooks or {}).values():
-        if owner.hooks_enabled and layer.training and torch.is_grad_enabled():
+        if owner.hooks_enabled and layer.training and is_grad_enabled():
             return owner
     return None
 

@@ -33,7 +33,7 @@ def sample_gradients(
     arguments = (*d, gates, cells, *grads, list(_STATES_ONLY), True)
     d_x, d_h, d_c, *_, da, h_before, d_h_rows = direction_backward(*arguments)
     x = d.x.reshape(-1, d.x.size(-1))  # [N, I]
-    m = None if d.weight_hr is None else output_again(gates[3], cells)[1]  # [N, H]
+    m = None if d.weight_hr is None else output_again(gates[3], cells, None)[1]  # [N, H]
     if v is None:
         v = d.h_0.size(0)
         if d.batch_sizes is not None:  # rows of zeros, so that every step has a row of each sample

@@ -151,7 +151,7 @@ class BlockSteps(Steps):
         return self.in_order(range(a, b) for a, b in pairwise(bounds) if a < b)
 
     def widened(self, block: range) -> range:
-        """The block and the steps next to it: the state before its first step is among theirs."""
+        """The block and the steps next to it."""
         return range(max(block.start - 1, 0), min(block.stop + 1, len(self.sizes)))
 
     def rows(self, block: range) -> slice:
