@@ -309,25 +309,25 @@ def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, T
         packed: the input is packed; nn.LSTM's kernel then finds mistakes, not its own checks.
         indexed: nn.LSTM takes hx[0] and hx[1] before it counts them.
     """
-    wanted = f"hx should be a pair (h_0, c_0) of {rank}-D tensors, but got "
+    expected = f"hx should be a pair (h_0, c_0) of {rank}-D tensors, but got "
     if isinstance(hx, Tensor) and not packed:
-        given = wanted + f"one tensor of shape {list(hx.shape)}"
+        message = expected + f"one tensor of shape {list(hx.shape)}"
         if hx.dim() == 0 or hx.size(0) < 2:
-            raise IndexError(given)
-        raise RuntimeError(given) if hx.dim() != rank + 1 else TypeError(given)
+            raise IndexError(message)
+        raise RuntimeError(message) if hx.dim() != rank + 1 else TypeError(message)
     if not isinstance(hx, Sequence):
-        raise TypeError(wanted + type(hx).__name__)
+        raise TypeError(expected + type(hx).__name__)
     if len(hx) != 2:
         error = IndexError if len(hx) < 2 and indexed else RuntimeError
-        raise error(wanted + f"{len(hx)} elements")
+        raise error(expected + f"{len(hx)} elements")
     h_0, c_0 = hx
     if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
-        given = f"({type(h_0).__name__}, {type(c_0).__name__})"
-        raise (AttributeError if indexed else TypeError)(wanted + given)
+        message = f"({type(h_0).__name__}, {type(c_0).__name__})"
+        raise (AttributeError if indexed else TypeError)(expected + message)
     if h_0.dim() != rank or c_0.dim() != rank:
         flat = packed and min(h_0.dim(), c_0.dim()) < rank
-        given = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
-        raise (IndexError if flat else RuntimeError)(wanted + given)
+        message = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
+        raise (IndexError if flat else RuntimeError)(expected + message)
     return h_0, c_0
 
 
