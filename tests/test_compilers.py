@@ -54,7 +54,13 @@ class _Last(nn.Module):
         return torch.stack([h_n[-1].sum(1), c_n.index_select(1, torch.tensor([2, 0, 1]))[0].sum(1)])
 
 
-@pytest.mark.parametrize("options", [OPTIONS["defaults"], OPTIONS["2 layers, bidirectional"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS["defaults"],
+        pytest.param(OPTIONS["2 layers, bidirectional"], marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_model_has_no_zeros_in_common_with_its_backward(options: dict[str, Any]) -> None:
     """Its backward makes zeros of the initial states' shape, takes those for them and writes there."""
     try:

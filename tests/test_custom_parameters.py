@@ -181,7 +181,7 @@ def test_a_cell_that_returns_no_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_values", "error", "message"),
+    ("values", "error", "message"),
     [
         ({"scale": 1.0}, TypeError, "cell_parameters should return tensors, but scale is float"),
         ({"weight_hh": torch.ones(1)}, ValueError, "new names, but got 'weight_hh'"),
@@ -191,11 +191,11 @@ def test_a_cell_that_returns_no_step() -> None:
     ],
 )
 def test_parameters_that_cannot_be(
-    given_values: dict[str, Any], error: type[Exception], message: str
+    values: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        with_cell(cell_parameters=lambda self: given_values)
-    cls: Any = type("Changed", (ManualLSTM,), {"cell_parameters": lambda self: given_values})
+        with_cell(cell_parameters=lambda self: values)
+    cls: Any = type("Changed", (ManualLSTM,), {"cell_parameters": lambda self: values})
     with pytest.raises(error, match=message):
         cls.from_lstm(nn.LSTM(3, 4))
 

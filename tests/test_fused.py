@@ -30,16 +30,18 @@ from tests.helpers.loops import (
 
 
 @given(
-    given_=drawn_arguments(dtypes=(torch.float64, torch.complex128)),
+    direction_args=drawn_arguments(dtypes=(torch.float64, torch.complex128)),
     wanted=st.lists(st.booleans(), min_size=3, max_size=3).filter(any),
     rows=st.sampled_from([1, 3, 10, 512]),
 )
-def test_the_operator_equals_the_plain_loop(given_: Arguments, wanted: list[bool], rows: int) -> None:
-    expected = run_direction(plain_direction, given_, wanted)
+def test_the_operator_equals_the_plain_loop(
+    direction_args: Arguments, wanted: list[bool], rows: int
+) -> None:
+    expected = run_direction(plain_direction, direction_args, wanted)
     with patched(steps, BLOCK_ROWS=rows):
-        actual = run_direction(fused_direction, given_, wanted)
+        actual = run_direction(fused_direction, direction_args, wanted)
         with torch.no_grad():
-            unsaved = fused_direction(*given_)
+            unsaved = fused_direction(*direction_args)
     assert_close(actual, expected, 1e-12)
     names = ("output", "h_n", "c_n")
     assert_close(dict(zip(names, unsaved)), {name: actual[name] for name in names}, 1e-12)
@@ -61,42 +63,42 @@ def test_gradcheck_and_gradgradcheck(
     configuration: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "BLOCK_ROWS", rows)
-    given_ = arguments(**configuration, I=2, H=3)
-    assert torch.autograd.gradcheck(fused_direction, given_, fast_mode=True)
-    assert torch.autograd.gradgradcheck(fused_direction, given_, fast_mode=True)
+    direction_args = arguments(**configuration, I=2, H=3)
+    assert torch.autograd.gradcheck(fused_direction, direction_args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fused_direction, direction_args, fast_mode=True)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(configuration: dict[str, Any], save: bool) -> None:
-    given_ = arguments(**configuration)
+    direction_args = arguments(**configuration)
     if not save:
-        given_ = tuple(a.detach() if isinstance(a, Tensor) else a for a in given_)
-    torch.library.opcheck(fused.direction, (*given_, save))
+        direction_args = tuple(a.detach() if isinstance(a, Tensor) else a for a in direction_args)
+    torch.library.opcheck(fused.direction, (*direction_args, save))
     if save:
-        *tensors, reverse = (a.detach() if isinstance(a, Tensor) else a for a in given_)
+        *tensors, reverse = (a.detach() if isinstance(a, Tensor) else a for a in direction_args)
         output, h_n, c_n, *kept = fused.direction(*tensors, reverse, True)
         needs = [True, True, True, True, True, tensors[6] is not None, tensors[7] is not None]
-        given_ = (*tensors, reverse, *kept, output, h_n, c_n, needs)
-        torch.library.opcheck(fused.direction_backward, (*given_, False))
-        torch.library.opcheck(fused.direction_backward, (*given_, True))
+        direction_args = (*tensors, reverse, *kept, output, h_n, c_n, needs)
+        torch.library.opcheck(fused.direction_backward, (*direction_args, False))
+        torch.library.opcheck(fused.direction_backward, (*direction_args, True))
 
 
 @pytest.mark.parametrize("sizes", [[], [2], [2, 2]], ids=str)
 @pytest.mark.parametrize("result", range(3))
 def test_second_order_where_a_result_depends_on_little(sizes: list[int], result: int) -> None:
     for wanted in DIFFERENTIABLE:
-        given_: list[Any] = [
+        direction_args: list[Any] = [
             t.detach() if isinstance(t, Tensor) else t for t in arguments(sizes, False, P=2)
         ]
-        given_[wanted].requires_grad_()
+        direction_args[wanted].requires_grad_()
         found = []
         for create_graph in (False, True):
-            loss = fused_direction(*given_)[result].sum()
+            loss = fused_direction(*direction_args)[result].sum()
             (gradient,) = torch.autograd.grad(
-                loss, given_[wanted], create_graph=create_graph, allow_unused=True
+                loss, direction_args[wanted], create_graph=create_graph, allow_unused=True
             )
-            found.append(torch.zeros_like(given_[wanted]) if gradient is None else gradient)
+            found.append(torch.zeros_like(direction_args[wanted]) if gradient is None else gradient)
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
 
@@ -105,13 +107,13 @@ def test_strides_are_those_that_a_compiled_caller_is_told(packed: bool) -> None:
     *tensors, reverse = (
         t.detach() if isinstance(t, Tensor) else t for t in arguments([3, 3, 3], packed, P=2)
     )
-    given_ = [t.t().contiguous().t() if t is not None and t.dim() == 2 else t for t in tensors]
+    direction_args = [t.t().contiguous().t() if t is not None and t.dim() == 2 else t for t in tensors]
     for save in (False, True):
-        run_case = fused.direction(*given_, reverse, save)
+        run_case = fused.direction(*direction_args, reverse, save)
         assert all(part.is_contiguous() for part in run_case)
     output, h_n, c_n, *kept = run_case
     for grads in ((output, h_n.t().contiguous().t(), c_n.t().contiguous().t()), (output, None, None)):
-        backward = fused.direction_backward(*given_, reverse, *kept, *grads, [True] * 7, False)
+        backward = fused.direction_backward(*direction_args, reverse, *kept, *grads, [True] * 7, False)
         assert all(part.is_contiguous() for part in backward)
 
 
@@ -148,8 +150,8 @@ def test_nothing_is_kept_that_nobody_needs() -> None:
 def test_no_gradient_is_computed_that_nobody_needs(
     frozen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_ = arguments([3, 3, 2], packed=True, P=2)
-    given_[DIFFERENTIABLE[frozen]].requires_grad_(False)
+    direction_args = arguments([3, 3, 2], packed=True, P=2)
+    direction_args[DIFFERENTIABLE[frozen]].requires_grad_(False)
     seen: list[Any] = []
     original = fused.direction_backward
 
@@ -158,28 +160,28 @@ def test_no_gradient_is_computed_that_nobody_needs(
         return seen[-1][1]
 
     monkeypatch.setattr(fused, "direction_backward", spy)
-    fused_direction(*given_)[0].sum().backward()  # type: ignore[no-untyped-call]
+    fused_direction(*direction_args)[0].sum().backward()  # type: ignore[no-untyped-call]
     ((needs, gradients),) = seen
     assert needs == [k != frozen for k in range(7)]
     if frozen not in (1, 2):  # the states' gradients are the loop's working memory
         assert gradients[frozen].numel() == 0
     for k in DIFFERENTIABLE:
-        assert (given_[k].grad is None) == (k == DIFFERENTIABLE[frozen])
+        assert (direction_args[k].grad is None) == (k == DIFFERENTIABLE[frozen])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(reverse: bool) -> None:
-    given_ = arguments([3, 3, 2], packed=True, P=2, reverse=reverse)
+    direction_args = arguments([3, 3, 2], packed=True, P=2, reverse=reverse)
     expected = torch.autograd.grad(
-        plain_direction(*given_)[0].square().sum(), [given_[k] for k in DIFFERENTIABLE]
+        plain_direction(*direction_args)[0].square().sum(), [direction_args[k] for k in DIFFERENTIABLE]
     )
     for wanted in product((False, True), repeat=7):
         for k, want in zip(DIFFERENTIABLE, wanted):
-            given_[k].requires_grad_(want)
-        output = fused_direction(*given_)[0]
+            direction_args[k].requires_grad_(want)
+        output = fused_direction(*direction_args)[0]
         assert output.requires_grad == any(wanted)
         if any(wanted):
-            inputs = [given_[k] for k in DIFFERENTIABLE if given_[k].requires_grad]
+            inputs = [direction_args[k] for k in DIFFERENTIABLE if direction_args[k].requires_grad]
             actual = torch.autograd.grad(output.square().sum(), inputs)
             some = tuple(gradient for gradient, want in zip(expected, wanted) if want)
             torch.testing.assert_close(actual, some, rtol=0, atol=1e-12)
@@ -187,10 +189,12 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(reverse: bool) ->
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_one_tensor_for_both_states(create_graph: bool) -> None:
-    given_ = list(arguments([2, 2, 2], packed=False))
-    given_[3] = given_[2]
+    direction_args = list(arguments([2, 2, 2], packed=False))
+    direction_args[3] = direction_args[2]
     gradients = [
-        torch.autograd.grad(function(*given_)[0].square().sum(), given_[2], create_graph=create_graph)
+        torch.autograd.grad(
+            function(*direction_args)[0].square().sum(), direction_args[2], create_graph=create_graph
+        )
         for function in (fused_direction, plain_direction)
     ]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)

@@ -20,6 +20,7 @@ from tests.helpers.loops import (
     patched,
     run_direction,
 )
+from tests.helpers.search import share
 
 # The products.
 
@@ -41,6 +42,7 @@ has_onednn = pytest.mark.skipif(
 
 
 @has_onednn
+@share(0.5)
 @given(case=cases(dtypes=(torch.float32,), devices=("cpu",)))
 def test_onednn_is_as_exact_as_nn_lstm(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
@@ -77,10 +79,10 @@ def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest
 
 @has_onednn
 def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
-    given_ = arguments([3] * 10, packed=False, dtype=torch.float32)
-    strided = [t.t().contiguous().t() if k in (2, 3, 4, 5) else t for k, t in enumerate(given_)]
+    direction_args = arguments([3] * 10, packed=False, dtype=torch.float32)
+    strided = [t.t().contiguous().t() if k in (2, 3, 4, 5) else t for k, t in enumerate(direction_args)]
     found = []
-    for these in (given_, strided):
+    for these in (direction_args, strided):
         with onednn_everywhere():
             found.append(run_direction(fused_direction, tuple(these), [True] * 3))
     assert_close(found[1], found[0], 1e-6)

@@ -107,7 +107,7 @@ def test_dropout_and_low_precision_and_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "given_"),
+    ("make", "message"),
     [
         (lambda: torch.nested.nested_tensor([torch.randn(2, 3)]), "torch.strided"),
         (
@@ -121,8 +121,8 @@ def test_dropout_and_low_precision_and_autocast() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_errors_say_what_was_given(make: Any, given_: str) -> None:
-    with pytest.raises(ValueError, match=given_):
+def test_errors_say_what_was_given(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ManualLSTM(3, 4)(make())
 
 

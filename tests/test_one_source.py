@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ from torch.nn.utils.rnn import pack_sequence
 import manual_lstm
 from manual_lstm import ManualLSTM, plain_loop
 
-assert manual_lstm.__file__.startswith({folder!r}), manual_lstm.__file__
+assert manual_lstm.__file__.startswith(FOLDER), manual_lstm.__file__
 torch.manual_seed(0)
 layer = ManualLSTM(3, 4, dtype=torch.float64)
 parameters = list(layer.parameters())
@@ -51,7 +53,7 @@ def compare(name, input, sequences, outputs_of):
 
 x = torch.randn(6, 2, 3, dtype=torch.float64)
 for T in (1, 6):
-    compare(f"{{T}} steps", x[:T], x[:T].unbind(1), lambda output: list(output.unbind(1)))
+    compare(f"{T} steps", x[:T], x[:T].unbind(1), lambda output: list(output.unbind(1)))
 sequences = [x[:6, 0], x[:3, 1]]
 compare("packed", pack_sequence(sequences), sequences, torch.nn.utils.rnn.unpack_sequence)
 with plain_loop():
@@ -59,27 +61,7 @@ with plain_loop():
 """
 
 
-def _copy(tmp_path: Path, changed: str) -> Path:
-    shutil.copytree(PACKAGE, tmp_path / "manual_lstm", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "manual_lstm" / "cell.py").write_text(changed, encoding="utf-8")
-    return tmp_path
-
-
-def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
-def test_tanh_made_sigmoid_in_cell_py_changes_every_call(tmp_path: Path) -> None:
-    source = (PACKAGE / "cell.py").read_text(encoding="utf-8")
-    assert len(re.findall(r"torch\.tanh\(|\.tanh_\(\)", source)) >= 4
-    folder = _copy(tmp_path, source.replace("tanh", "sigmoid"))
-    done = _run(SCRIPT.format(folder=str(folder)), folder)
-    assert done.returncode == 0, done.stderr
-
-
-# What is added to the cell state in one form alone, and which calls then differ from nn.LSTM.
+# What is added in one form alone, and which calls then differ from nn.LSTM.
 FORMS = {
     "lstm_cell": ("    c = f * c + i * g\n", "    c = f * c + i * g + 1.0\n", {"one step"}),
     "lstm_cell_out": (".addcmul_(i, g)", ".addcmul_(i, g).add_(1.0)", {"steps", "packed"}),
@@ -100,21 +82,51 @@ pairs = {
     "steps": (layer(x)[0], lstm(x)[0]),
     "packed": (layer(packed)[0].data, lstm(packed)[0].data),
 }
-gradients = [torch.autograd.grad(m(x)[0].sum(), m.weight_hh_l0)[0] for m in (layer, lstm)]
 if torch.allclose(*pairs["steps"], atol=1e-5):
-    pairs["gradient"] = tuple(gradients)
-print({name for name, pair in pairs.items() if not torch.allclose(*pair, atol=1e-5)})
+    pairs["gradient"] = [torch.autograd.grad(m(x)[0].sum(), m.weight_hh_l0)[0] for m in (layer, lstm)]
+print(sorted(name for name, pair in pairs.items() if not torch.allclose(*pair, atol=1e-5)))
 """
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_each_form_is_what_runs(form: str, tmp_path: Path) -> None:
-    old, new, differing = FORMS[form]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The scripts on copies of the package, all under way at once."""
     source = (PACKAGE / "cell.py").read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    done = _run(LOOK, _copy(tmp_path, source.replace(old, new)))
-    assert done.returncode == 0, done.stderr
-    assert ast.literal_eval(done.stdout.replace("set()", "{}")) == differing
+    changes = {"tanh": (source.replace("tanh", "sigmoid"), SCRIPT)}
+    for form, (old, new, _) in FORMS.items():
+        assert source.count(old) == 1
+        changes[form] = source.replace(old, new), LOOK
+    processes = {}
+    for name, (changed, script) in changes.items():
+        folder = tmp_path_factory.mktemp(name)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PACKAGE, folder / "manual_lstm", ignore=ignored)
+        (folder / "manual_lstm" / "cell.py").write_text(changed, encoding="utf-8")
+        processes[name] = subprocess.Popen(
+            [sys.executable, "-c", script.replace("FOLDER", repr(str(folder)))],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+def test_tanh_made_sigmoid_in_cell_py_changes_every_call(runs: dict[str, Any]) -> None:
+    source = (PACKAGE / "cell.py").read_text(encoding="utf-8")
+    assert len(re.findall(r"torch\.tanh\(|\.tanh_\(\)", source)) >= 4
+    _, errors = runs["tanh"].communicate()
+    assert runs["tanh"].returncode == 0, errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_what_runs(form: str, runs: dict[str, Any]) -> None:
+    printed, errors = runs[form].communicate()
+    assert runs[form].returncode == 0, errors
+    assert set(ast.literal_eval(printed)) == FORMS[form][2]
 
 
 def test_no_other_file_of_the_layer_has_equations() -> None:

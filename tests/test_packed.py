@@ -82,19 +82,19 @@ def test_packed_data_with_rows_that_no_step_takes(sizes: list[int]) -> None:
 
 
 def test_more_data_than_steps_is_an_error() -> None:
-    given_ = list(arguments([2, 1], packed=True))
-    given_[0] = torch.randn(5, 3, dtype=torch.float64)
+    direction_args = list(arguments([2, 1], packed=True))
+    direction_args[0] = torch.randn(5, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"3 rows.*got 5"):
-        fused_direction(*given_)
+        fused_direction(*direction_args)
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 0, 0], [1, 0], [3, 2, 0, 0], [0, 0]], ids=str)
 @pytest.mark.parametrize("H", [3, 4])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_steps_of_no_sequence_at_the_end(sizes: list[int], H: int, reverse: bool) -> None:
-    given_ = arguments(sizes, packed=True, H=H, reverse=reverse)
-    expected = run_direction(plain_direction, given_, [True] * 3)
-    assert_close(run_direction(fused_direction, given_, [True] * 3), expected, 1e-12)
+    direction_args = arguments(sizes, packed=True, H=H, reverse=reverse)
+    expected = run_direction(plain_direction, direction_args, [True] * 3)
+    assert_close(run_direction(fused_direction, direction_args, [True] * 3), expected, 1e-12)
 
 
 # Errors

@@ -129,14 +129,14 @@ def drawn_arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Argumen
     )
 
 
-def run_direction(function: Any, given_: Arguments, wanted: list[bool]) -> dict[str, Tensor]:
+def run_direction(function: Any, direction_args: Arguments, wanted: list[bool]) -> dict[str, Tensor]:
     """The results, and all gradients of those of the three results that are wanted."""
-    outputs = function(*given_)
+    outputs = function(*direction_args)
     names = ("output", "h_n", "c_n")
     found = {name: part.detach() for name, part in zip(names, outputs)}
     loss = sum((part * torch.linspace(0.5, 1.5, part.numel()).reshape(part.shape)).sum().abs()
                for part, want in zip(outputs, wanted) if want)  # fmt: skip
-    inputs = [given_[k] for k in DIFFERENTIABLE if given_[k] is not None]
+    inputs = [direction_args[k] for k in DIFFERENTIABLE if direction_args[k] is not None]
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
     for k, (tensor, gradient) in enumerate(zip(inputs, gradients)):
         found[f"gradient {k}"] = torch.zeros_like(tensor) if gradient is None else gradient
