@@ -116,7 +116,7 @@ def lstm_cell_out(
         c: the cell state before this step, ``[b, H]``. It may be ``c_out``.
         weight_hr: ``[P, H]``, or ``None`` without a projection.
         h_out: receives the hidden state after this step, ``[b, P or H]``.
-        a: what the gates are made of, ``[4, b, H]``.
+        a: the pre-activations of the gates, ``[4, b, H]``.
         a_g: its part for the cell gate, ``[b, H]``.
         tanh_c: receives tanh of the cell state after this step, ``[b, H]``.
         ifgo: receives the four gates, ``[4, b, H]``.

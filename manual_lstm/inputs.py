@@ -1,4 +1,4 @@
-"""The door of the layer: input in any form becomes steps once, and the answer gets that form back.
+"""The door of the layer: input in any form becomes steps here, and the answer gets that form back.
 
 :func:`enter` takes what the caller gave, checks it as nn.LSTM does, and returns an :class:`Inputs`.
 Behind it there are only steps, ``[T, B, I]`` or packed ``[N, I]``, and states ``[L * D, B, features]``
@@ -64,7 +64,7 @@ def enter(layer: Layer, input: Any, hx: Any, weights: Sequence[Mapping[str, Tens
     elif isinstance(input, Tensor) and input.is_nested:
         form = Nested
     inputs = form(layer, input, hx, weights[0]["weight_ih"])
-    inputs.settle_dtypes(layer, weights)
+    inputs.convert_dtypes(layer, weights)
     return inputs
 
 
@@ -77,8 +77,7 @@ class Inputs:
         h_0: ``[L * D, B, P or H]``, sequences sorted.
         c_0: ``[L * D, B, H]``, likewise.
         weights: the weights of each direction by kind, in the dtype in which the loop computes.
-        sample_of: which of the caller's sequences each one behind the door is; ``None`` if they are in
-            order.
+        sample_of: for each sorted sequence its index in the caller's batch; ``None`` if sorted already.
     """
 
     x: Tensor
@@ -118,8 +117,8 @@ class Inputs:
         kept = [[self.leave_sequence(part) for part in step] for step in steps] if steps else []
         return self.leave_sequence(output), self.leave_states(h_n, c_n), kept
 
-    def settle_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:
-        """Cast as autocast does, check that all is alike, and go to the dtype of the loop."""
+    def convert_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Cast as autocast does, check dtypes and devices, and convert to the dtype of the loop."""
         self._cast_to = cast_to = autocast_dtype(self.x.device)
         x, h_0, c_0 = self.x, self.h_0, self.c_0
         if cast_to is not None:
@@ -137,7 +136,7 @@ class Inputs:
         self.weights = [{kind: t.to(compute) for kind, t in w.items()} for w in weights]
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """A block in which autocast, which has been obeyed already, is off."""
+        """Turn autocast off in a block: its casts are done already."""
         if self._cast_to is None:
             return _NO_BLOCK
         return torch.autocast(self.x.device.type, enabled=False)
@@ -146,7 +145,7 @@ class Inputs:
         """Make initial states of zeros for x in the caller's layout."""
         layer.check_input(x, self.batch_sizes)
         self.h_0 = x.new_zeros(layer.get_expected_hidden_size(x, self.batch_sizes))
-        self.c_0 = self.h_0  # nobody writes to it
+        self.c_0 = self.h_0  # safe to share: never written to
         if layer.proj_size:
             self.c_0 = x.new_zeros(*self.h_0.shape[:2], layer.hidden_size)
 
@@ -218,28 +217,25 @@ class Nested(Inputs):
                 f"of layout {input.layout}"
             )
         self._jagged = jagged = Jagged(input)
-        self.sample_of = jagged.order
+        self.x, self.batch_sizes, self.sample_of = jagged.data, jagged.batch_sizes, jagged.order
+        layer.check_input(self.x, self.batch_sizes)
+        _check_input_dtype(self.x, weight, packed=True)
         L, H = len(layer._weight_names), layer.hidden_size
         expected_h, expected_c = (L, jagged.B, layer.proj_size or H), (L, jagged.B, H)
-        x = jagged.packed.data
         if hx is None:
-            h_0, c_0 = x.new_zeros(expected_h), x.new_zeros(expected_c)
+            h_0, c_0 = jagged.data.new_zeros(expected_h), jagged.data.new_zeros(expected_c)
         else:
             h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
             layer.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
             layer.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
         self._states = h_0, c_0
-        self._packed = Packed(
-            layer, jagged.packed, layer.permute_hidden((h_0, c_0), self.sample_of), weight
-        )
-        self.x, self.batch_sizes = self._packed.x, self._packed.batch_sizes
-        self.h_0, self.c_0 = self._packed.h_0, self._packed.c_0
+        self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self.sample_of)
 
     def batch_size(self) -> int:
         return int(self._jagged.B)  # empty sequences count
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
-        return self._jagged.nest(self._packed.leave_sequence(rows))
+        return self._jagged.nest(rows)
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         h_0, c_0 = self._states

@@ -55,18 +55,27 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
         if keep:
             kept.append(step)
 
-    if not outputs:  # no steps: an output without rows, in x's place in the graph, and copied states
-        output, h, c = x.narrow(-1, 0, d.h_0.size(-1)), h.clone(), c.clone()
-    else:
-        output = steps.join(steps.in_order(outputs))
-    return Result(output, h, c, _join(steps, kept, output, d) if keep else None)
+    if not outputs:
+        return _without_steps(d, x, keep)
+    output = steps.join(steps.in_order(outputs))
+    return Result(output, h, c, _join(steps, kept, output) if keep else None)
 
 
-def _join(steps: Steps, kept: list[Step], output: Tensor, d: Direction) -> Step:
+def _without_steps(d: Direction, x: Tensor, keep: bool) -> Result:
+    """The result of no steps: an output without rows, and copies of the states.
+
+    Like the operator's, all three depend on every argument, whose gradients are zeros.
+    """
+    tensors = [x, d.h_0, d.c_0, d.weight_hh, *([] if d.weight_hr is None else [d.weight_hr])]
+    nothing = torch.cat([tensor.flatten()[:0] for tensor in tensors])  # [0]
+    h, c = (torch.cat([state.flatten(), nothing]).view_as(state) for state in (d.h_0, d.c_0))
+    output = nothing.view(*x.shape[:-1], d.h_0.size(-1))  # [0, B, P or H] or [0, P or H]
+    empty = nothing.view(*x.shape[:-1], d.c_0.size(-1))  # [0, B, H] or [0, H]
+    return Result(output, h, c, Step(*[empty] * 6, output) if keep else None)  # type: ignore[call-arg]
+
+
+def _join(steps: Steps, kept: list[Step], output: Tensor) -> Step:
     """Make one Step of all, ``[T, B, features]`` or packed ``[N, features]``."""
-    if not kept:
-        empty = output.new_empty(*output.shape[:-1], d.c_0.size(-1))  # [0, B, H]
-        return Step(empty, empty, empty, empty, empty, empty, output)
     i, f, g, o, c, m, _ = (steps.in_order(parts) for parts in zip(*kept))
     m_is_h = kept[0].m is kept[0].h  # without a projection
     joined = [steps.join(parts) for parts in (i, f, g, o, c)]

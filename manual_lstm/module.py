@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.engine.context import is_compiling, is_tracing
-from manual_lstm.engine.convert import manual_state, official_state, settle, why_not
+from manual_lstm.engine.convert import install_state, manual_state, official_state, why_not
 from manual_lstm.engine.custom import CellWeights, prepare_custom
 from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_owner
-from manual_lstm.engine.stack import NOTHING_MORE, Wishes, run_stack
+from manual_lstm.engine.stack import DEFAULT_OPTIONS, CallOptions, run_stack
 from manual_lstm.inputs import Inputs, enter
 from manual_lstm.loop import project
 from manual_lstm.unrolled import Unrolled
@@ -187,7 +187,7 @@ class ManualLSTM(nn.Module):
         if reason:
             raise TypeError(f"lstm should be an nn.LSTM and nothing more, but {reason}")
         layer = cls.__new__(cls)
-        settle(layer, cls._state_from(lstm), lstm)
+        install_state(layer, cls._state_from(lstm), lstm)
         return layer
 
     @classmethod
@@ -212,7 +212,7 @@ class ManualLSTM(nn.Module):
         if reason:
             raise TypeError(f"only a ManualLSTM and nothing more becomes an nn.LSTM, but {reason}")
         lstm = nn.LSTM.__new__(nn.LSTM)
-        settle(lstm, official_state(self), self)
+        install_state(lstm, official_state(self), self)
         return lstm
 
     def _weight_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -249,7 +249,7 @@ class ManualLSTM(nn.Module):
         return [[getattr(self, name) for name in names] for names in self._weight_names]
 
     def flatten_parameters(self) -> None:
-        """Do nothing: nn.LSTM gathers its weights for cuDNN here, the loop takes them anywhere."""
+        """Do nothing. nn.LSTM makes its weights contiguous for cuDNN; this layer does not need that."""
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -340,7 +340,7 @@ class ManualLSTM(nn.Module):
                 inputs.weights,
                 D=2 if self.bidirectional else 1,
                 dropout=self.dropout if self.training else 0.0,
-                wishes=self._wishes(inputs, keep),
+                options=self._options(inputs, keep),
             )
         return inputs.leave(answer)
 
@@ -361,8 +361,8 @@ class ManualLSTM(nn.Module):
             w.update((kind, getattr(self, name)) for kind, name in own.items())
         return weights
 
-    def _wishes(self, inputs: Inputs, keep: bool) -> Wishes:
-        """What a changed cell, kept steps or Opacus ask of the loop."""
+    def _options(self, inputs: Inputs, keep: bool) -> CallOptions:
+        """The options of a call: a changed cell, kept steps, Opacus."""
         changed = self._cell_is_changed()
         owner = None if self._sample_hooks is None else active_owner(self)
         if owner is not None:
@@ -375,12 +375,14 @@ class ManualLSTM(nn.Module):
                 {name[: name.index("_l")]: self._parameters.get(name) for name in names}
                 for names in self._weight_names
             ]
-            return Wishes(opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size()))
+            return CallOptions(
+                opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size())
+            )
         if not changed:
-            return Wishes(keep=True) if keep else NOTHING_MORE
+            return CallOptions(keep=True) if keep else DEFAULT_OPTIONS
         own_names = self._own_names or [{} for _ in inputs.weights]
         own = [{kind: w[kind] for kind in names} for w, names in zip(inputs.weights, own_names)]
-        return Wishes([prepare_custom(self, parameters) for parameters in own], keep)
+        return CallOptions([prepare_custom(self, parameters) for parameters in own], keep)
 
     # What a subclass with a cell of its own may override.
 
@@ -475,7 +477,7 @@ class ManualLSTM(nn.Module):
             cls.cell is not _CELL
             or cls.project is not _PROJECT
             or cls.per_sequence is not _PER_SEQUENCE
-            or not _NAMES.isdisjoint(self.__dict__)
+            or not _OVERRIDABLE.isdisjoint(self.__dict__)
         )
 
     def _own_parameters(self) -> tuple[list[dict[str, str]], dict[str, Parameter]]:
@@ -491,7 +493,7 @@ class ManualLSTM(nn.Module):
                     raise TypeError(
                         f"cell_parameters should return tensors, but {kind} is {type(value).__name__}"
                     )
-                if hasattr(self, kind + suffix) or kind in _TAKEN:
+                if hasattr(self, kind + suffix) or kind in _RESERVED_NAMES:
                     raise ValueError(f"cell_parameters should return new names, but got {kind!r}")
                 like = getattr(self, weight_names[0])
                 value = value.detach().clone().to(device=like.device, dtype=like.dtype)
@@ -527,7 +529,7 @@ class ManualLSTM(nn.Module):
         elif is_tracing():
             B = cast(int, batch_sizes[0])  # int() would freeze it
         elif is_compiling():
-            (B,) = batch_sizes[:1].tolist()  # whether there are steps at all is not asked: it is data
+            (B,) = batch_sizes[:1].tolist()  # whether it is empty is not known while compiling
         else:
             B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
         return len(self._weight_names), B, self.hidden_size
@@ -552,7 +554,7 @@ class ManualLSTM(nn.Module):
         hidden_size = self.get_expected_hidden_size(input, batch_sizes)
         cell_size = self.get_expected_cell_size(input, batch_sizes)
         if batch_sizes is not None and is_compiling():
-            # B is an element of batch_sizes, and not known yet: the program itself has to look.
+            # B is an element of batch_sizes, not known yet: the compiled program checks it at run time.
             torch._check(hidden[0].size(1) == hidden_size[1])  # type: ignore[no-untyped-call]
             torch._check(hidden[1].size(1) == cell_size[1])  # type: ignore[no-untyped-call]
         self.check_hidden_size(hidden[0], hidden_size, "Expected h_0 of size {}, got {}")
@@ -569,8 +571,8 @@ class ManualLSTM(nn.Module):
 
 # A subclass that overrides one of these, or an object that replaces one, has a changed cell.
 _CELL, _PROJECT, _PER_SEQUENCE = ManualLSTM.cell, ManualLSTM.project, ManualLSTM.per_sequence
-_NAMES = frozenset(("cell", "project", "per_sequence"))
-_TAKEN = frozenset(CellWeights.__annotations__)
+_OVERRIDABLE = frozenset(("cell", "project", "per_sequence"))
+_RESERVED_NAMES = frozenset(CellWeights.__annotations__)
 
 
 def _check_arguments(

@@ -80,8 +80,8 @@ class Unrolled(NamedTuple):
         """Draw the gates and states of one sample as heat maps over time, one panel each.
 
         Steps are in columns, units in rows, the same in every panel. A projected hidden state has other
-        units, which keep their order. The cell state's colours end at 3: its tanh, which is all that
-        the layer lets out, is 1 from there on.
+        units, which keep their order. The cell state's colours end at 3, because its tanh is about 1
+        beyond that.
 
         Args:
             sample: which of the batch.
@@ -161,7 +161,7 @@ class Unrolled(NamedTuple):
         return sequence.detach().float().cpu()
 
     def _time_dim(self) -> int:
-        """The dimension of time in dense fields: noted nowhere, as transforms return only tensors."""
+        """The dimension of time in dense fields, inferred because transforms keep only tensors."""
         c, c_n = self.c[0], self.states[1][0]
         assert isinstance(c, Tensor)
         if c.dim() == 2:

@@ -314,10 +314,11 @@ def test_ordinary_calls_take_the_operator() -> None:
 
 
 def test_a_missing_private_name_means_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, weights = [torch.zeros(1)] * 3, [{"weight_ih": torch.zeros(1)}]
-    assert choose(data, weights, T=5) is Loop.FUSED
+    x, state = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
+    arguments = x, None, state, state, [{"weight_ih": torch.zeros(16, 3)}]
+    assert choose(*arguments) is Loop.FUSED
     monkeypatch.setattr("manual_lstm.engine.context._functorch_active", None)
-    assert choose(data, weights, T=5) is Loop.PLAIN
+    assert choose(*arguments) is Loop.PLAIN
 
 
 def test_an_unchanged_cell_keeps_the_operator() -> None:

@@ -109,9 +109,9 @@ def test_strides_are_those_that_a_compiled_caller_is_told(packed: bool) -> None:
     )
     direction_args = [t.t().contiguous().t() if t is not None and t.dim() == 2 else t for t in tensors]
     for save in (False, True):
-        run_case = fused.direction(*direction_args, reverse, save)
-        assert all(part.is_contiguous() for part in run_case)
-    output, h_n, c_n, *kept = run_case
+        results = fused.direction(*direction_args, reverse, save)
+        assert all(part.is_contiguous() for part in results)
+    output, h_n, c_n, *kept = results
     for grads in ((output, h_n.t().contiguous().t(), c_n.t().contiguous().t()), (output, None, None)):
         backward = fused.direction_backward(*direction_args, reverse, *kept, *grads, [True] * 7, False)
         assert all(part.is_contiguous() for part in backward)

@@ -4,14 +4,14 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from manual_lstm import ManualLSTM, lstm_forward, plain_loop
@@ -114,6 +114,42 @@ def test_it_nests_and_ends_with_an_exception() -> None:
         with pytest.raises(ZeroDivisionError), plain_loop():
             _ = 1 // 0
         assert steps_seen() == 5
+
+
+def test_blocks_of_one_thread_may_overlap() -> None:
+    layer, x = ManualLSTM(3, 4), torch.randn(5, 2, 3)
+
+    def steps_seen() -> int:
+        with cell_calls() as calls:
+            layer(x)
+        return len(calls)
+
+    first, second = plain_loop(), plain_loop()  # as of two asyncio tasks
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert steps_seen() == 5
+    second.__exit__(None, None, None)
+    assert steps_seen() == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_steps_are_the_same_inside(packed: bool) -> None:
+    layer = _layer()
+    input: Any = torch.randn(0, 2, 3, dtype=torch.float64)
+    if packed:
+        input = PackedSequence(input.view(0, 3), torch.zeros(0, dtype=torch.int64))
+    hx = [torch.randn(L_D, 0 if packed else 2, n).double().requires_grad_() for n in (2, 4)]
+    results = []
+    for inside in (False, True):
+        with plain_loop() if inside else nullcontext():
+            output, (h_n, c_n) = layer(input, tuple(hx))
+        loss = data_of(output).sum() + h_n.sin().sum() + c_n.sum()
+        gradients = torch.autograd.grad(loss, [*hx, *layer.parameters()])
+        assert data_of(output).requires_grad
+        results.append([data_of(output), h_n, c_n, *gradients])
+    for outside, within in zip(*results):
+        torch.testing.assert_close(within, outside, rtol=0, atol=0, check_stride=True)
 
 
 def test_it_holds_for_its_thread_only() -> None:

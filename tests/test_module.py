@@ -334,6 +334,23 @@ def test_a_trace_serves_other_lengths_and_batches_as_nn_lstms_does(options: dict
     torch.testing.assert_close(traced(x, lengths), packing(x, lengths))
 
 
+def test_a_trace_is_one_node_that_other_programs_know() -> None:
+    layer, x = ManualLSTM(3, 4, 2, bidirectional=True, batch_first=True), torch.randn(2, 5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.filterwarnings("error", message=".*torch.jit.script.*")
+        traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert kinds.count("aten::lstm") == 1
+    assert not any(kind.startswith(("manual_lstm", "prim::Loop")) for kind in kinds)
+
+
+def test_a_trace_of_no_steps() -> None:
+    layer, x = ManualLSTM(3, 4), torch.randn(0, 2, 3)  # nn.LSTM's operator refuses these
+    traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_eight_threads_call_one_layer() -> None:
     layer = ManualLSTM(8, 16, 2, bidirectional=True)
     inputs = [torch.randn(T, 4, 8) for T in range(1, 33)]

@@ -14,8 +14,34 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {
     ".".join(("manual_lstm", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES
 }
-# A room uses itself and what stands before it. The front room and the engine are one layer.
-ROOMS = ("engine", "swap", "check", "testing", "report")
+# A room uses itself and what stands before it.
+ROOMS = ("layer", "swap", "check", "testing", "report")
+# The files of the layer, in the front room and the engine. Each uses only what stands before it.
+LAYER = (
+    "cell",
+    "engine.direction",
+    "engine.context",
+    "engine.steps",
+    "engine.gemm",
+    "loop",
+    "engine.dispatch",
+    "engine.differentiate",
+    "engine.fused",
+    "engine.sample_gradients",
+    "engine.vmap",
+    "engine.opacus",
+    "engine.scan",
+    "engine.traced",
+    "engine.custom",
+    "engine.stack",
+    "engine.dtypes",
+    "engine.nested",
+    "inputs",
+    "unrolled",
+    "engine.convert",
+    "module",
+    "functional",
+)
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -38,7 +64,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _room(module: str) -> str:
     parts = module.split(".")
-    return parts[1] if len(parts) > 2 else "engine"
+    return parts[1] if len(parts) > 2 and parts[1] != "engine" else "layer"
 
 
 def test_imports_run_in_no_circle() -> None:
@@ -55,9 +81,23 @@ def test_imports_go_down(module: str) -> None:
         return
     for imported in _imports(MODULES[module]):
         if imported == "manual_lstm.__init__":
-            assert _room(module) != "engine", f"{module} imports the whole package"
+            assert _room(module) != "layer", f"{module} imports the whole package"
             continue
         assert ROOMS.index(_room(imported)) <= ROOMS.index(_room(module)), f"{module}: {imported}"
+
+
+def test_the_files_of_the_layer_have_an_order() -> None:
+    files = [m for m in MODULES if _room(m) == "layer" and not m.endswith("__")]
+    assert sorted(files) == sorted(f"manual_lstm.{name}" for name in LAYER)
+    for k, name in enumerate(LAYER):
+        before = {f"manual_lstm.{other}" for other in LAYER[:k]}
+        assert set(_imports(MODULES[f"manual_lstm.{name}"])) <= before, name
+
+
+def test_no_import_is_relative() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
 
 
 def test_the_front_room_has_few_files() -> None:

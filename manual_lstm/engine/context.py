@@ -1,10 +1,11 @@
 """What torch is doing right now, and whether the caller wants the plain loop.
 
-torch knows more than it says in public. Private names are looked up here, once. Where one is missing,
-the answer is the cautious one.
+Some of it torch tells only under private names, which are looked up here. Where one is missing, the
+answer is the cautious one.
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ except ImportError:
     scan_operator = None
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
-# Whether torch.jit.trace is watching: sizes are traced there, not known.
+# Whether torch.jit.trace is watching. Sizes are symbolic there.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
 
@@ -51,7 +52,8 @@ else:
     _KINDS.append({FakeTensor})
 
 _thread = threading.local()
-_thread.plain_loop = False  # present already, so that compiled code does not see it appear
+# Set here, so that compiled code of this thread need not guard on a missing attribute.
+_thread.plain_loop, _thread.plain_loop_blocks = False, 0
 
 
 @contextmanager
@@ -60,8 +62,8 @@ def plain_loop() -> Iterator[None]:
 
     Outside, a layer runs its loop as one operator where it can. Inside, breakpoints, prints and
     profilers see each step. The numbers are the same but for rounding. The block holds for this thread
-    only. It nests, and ends with an exception too. It also works inside a compiled function; a compiled
-    function that is called inside is compiled once more, for the plain loop.
+    only. It can be nested, and is undone when an exception leaves it. It also works inside a compiled
+    function. Calling a compiled function inside it compiles that function once more.
 
     A backward pass that computes the forward again (:func:`torch.utils.checkpoint.checkpoint`) has to
     run inside the block too if the forward did, because it expects the same operations. On CUDA,
@@ -76,12 +78,14 @@ def plain_loop() -> Iterator[None]:
         >>> with plain_loop():
         ...     output, _ = layer(torch.randn(5, 3, 10))  # a breakpoint in cell.py stops five times
     """
-    before = getattr(_thread, "plain_loop", False)
+    # Blocks are counted, because those of asyncio tasks and generators may overlap without nesting.
+    _thread.plain_loop_blocks = getattr(_thread, "plain_loop_blocks", 0) + 1
     _thread.plain_loop = True
     try:
         yield
     finally:
-        _thread.plain_loop = before
+        _thread.plain_loop_blocks -= 1
+        _thread.plain_loop = _thread.plain_loop_blocks > 0
 
 
 def in_plain_loop() -> bool:
@@ -116,6 +120,18 @@ def is_batched(tensor: Tensor) -> bool:
             return False
         tensor = _functorch.get_unwrapped(tensor)
     return True
+
+
+def traced_number(size: int) -> int:
+    """The value that a size has in the example of a trace, without the tracer's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(size)
+
+
+def is_onednn_enabled() -> bool:
+    """Whether torch's own switch, ``torch.backends.mkldnn.flags``, lets oneDNN be used."""
+    return bool(torch.backends.mkldnn.enabled)
 
 
 def are_of_one_kind(tensors: Iterable[Tensor]) -> bool:

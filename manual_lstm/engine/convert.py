@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Attributes that only one of the classes has. nn.LSTM's are the names of its weights in two forms,
-# and the weights themselves in two lists.
+# Attributes that only one of the classes has. nn.LSTM keeps the names of its weights twice, and the
+# weights twice.
 _MANUAL_ONLY = {"_weight_names", "_own_names", "_sample_hooks"}
 _OFFICIAL_ONLY = {"_all_weights", "_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
 
@@ -51,7 +51,7 @@ def _have_own_memory(weights: list[Any]) -> bool:
     )
 
 
-def settle(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
+def install_state(layer: nn.Module, state: dict[str, Any], old: nn.Module) -> None:
     """Give ``layer`` the state of ``old``, and copies of its containers, as ``old`` stays in use."""
     for key in vars(nn.Module()):
         if isinstance(state.get(key), (dict, set)):

@@ -1,4 +1,4 @@
-"""Gradients of a direction by way of the plain loop, where they are to be differentiated themselves."""
+"""Gradients of a direction by way of the plain loop, for second derivatives."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,13 +27,17 @@ def plain_gradients(d: Direction, grads: Sequence[Tensor | None], needs: Gradien
     with torch.enable_grad():
         # Views, so that h_0 and c_0 may be one tensor and each have a gradient.
         inputs = {name: (t := getattr(d, name)).view_as(t) for name in names}
-        outputs = run_plain(d._replace(**inputs))[:3]
+        output, h_n, c_n, _ = run_plain(d._replace(**inputs))
         # Without a step, the states depend on no weight.
-        pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+        pairs = [
+            (result, grad)
+            for result, grad in zip((output, h_n, c_n), grads)
+            if grad is not None and result.requires_grad
+        ]
         values = torch.autograd.grad(
-            [o for o, _ in pairs],
+            [result for result, _ in pairs],
             list(inputs.values()),
-            [g for _, g in pairs],
+            [grad for _, grad in pairs],
             create_graph=create_graph,
             allow_unused=True,
         )
@@ -46,7 +50,8 @@ def plain_vjp(d: Direction, grads: Sequence[Tensor]) -> Gradients:
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         these: dict[str, Any] = dict(zip(tensors, values))
-        return run_plain(d._replace(**these))[:3]
+        output, h_n, c_n, _ = run_plain(d._replace(**these))
+        return output, h_n, c_n
 
     values = torch.func.vjp(run, *tensors.values())[1](tuple(grads))
     return Gradients(**{name: None for name in Gradients._fields} | dict(zip(tensors, values)))

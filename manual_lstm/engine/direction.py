@@ -44,11 +44,17 @@ class Gradients(NamedTuple):
     weight_hr: Any
 
     @classmethod
+    def split(cls, values: Sequence[Any]) -> tuple["Gradients", Sequence[Any]]:
+        """Part the results of a backward: the gradients, which come first, and the rest."""
+        n = len(cls._fields)
+        return cls(*values[:n]), values[n:]
+
+    @classmethod
     def of(cls, d: Direction) -> "Gradients":
         """Take from the arguments of a direction those that have a gradient."""
         return cls(d.x, d.h_0, d.c_0, d.weight_ih, d.weight_hh, d.bias, d.weight_hr)
 
-    def in_places(self) -> tuple[Any, ...]:
+    def by_argument(self) -> tuple[Any, ...]:
         """One value for each argument of a direction; ``None`` for those that have no gradient."""
         x, h_0, c_0, *weights = self
         return x, None, h_0, c_0, *weights, None

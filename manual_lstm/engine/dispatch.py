@@ -10,15 +10,17 @@ from manual_lstm.engine.context import (
     autocast_dtype,
     in_plain_loop,
     is_batched,
+    is_compiling,
     is_exporting,
     is_grad_enabled,
     is_tracing,
     only_vmap_and_grad,
     scan_operator,
+    traced_number,
     transforms_active,
 )
 
-# Where the operator has been tried, or needs no kernel.
+# The devices that the operator is tested on; meta runs no kernel.
 _DEVICES = {"cpu", "cuda", "meta"}
 
 
@@ -35,9 +37,11 @@ class Loop(Enum):
 
 
 def choose(
-    data: Sequence[Tensor],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
     weights: Sequence[Mapping[str, Tensor]],
-    T: int | None,
     changed: bool = False,
     keep: bool = False,
     opacus: bool = False,
@@ -45,9 +49,8 @@ def choose(
     """Choose the loop for one call of a layer.
 
     Args:
-        data: input, h_0, c_0, and of packed input its batch_sizes.
+        x, batch_sizes, h_0, c_0: the input and the states of all layers and directions.
         weights: the weights of each direction, by kind.
-        T: the number of steps; ``None`` for packed input while compiling.
         changed: whether the cell is not nn.LSTM's.
         keep: whether the call wants the steps.
         opacus: whether Opacus wants a gradient for each sample.
@@ -60,10 +63,15 @@ def choose(
         return Loop.SCAN
     if changed or keep:
         return Loop.PLAIN
-    if is_tracing() and not transforms_active():
-        return Loop.TRACED
-    if T == 1:  # one step leaves nothing to fuse
+    T = (x if batch_sizes is None else batch_sizes).size(0)
+    if is_tracing():
+        # nn.LSTM's operator knows no transform, and refuses a sequence without steps.
+        fits = not transforms_active() and traced_number(T) > 0
+        return Loop.TRACED if fits else Loop.PLAIN
+    # One step leaves nothing to fuse. Compiled, only the operator knows how many rows a step has.
+    if T == 1 and not (batch_sizes is not None and is_compiling()):
         return Loop.PLAIN
+    data = (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes)
     if transforms_active():
         # In an ensemble the weights are batched themselves: the samples do not become one batch.
         fits = (
@@ -92,12 +100,12 @@ def choose_backward(forward: Loop) -> Loop:
 def _operator_takes(data: Sequence[Tensor], weights: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether the operator serves these tensors, but for torch.func's transforms.
 
-    torch.jit.trace and torch.export look for a program of torch's own operators. Under autocast the
-    plain loop's operations are cast one by one; a layer casts, and switches autocast off, before this.
+    torch.export wants a program of torch's own operators. Under autocast the plain loop's operations
+    are cast one by one; a layer casts, and switches autocast off, before this.
     """
     tensors = [*data, *(t for w in weights for t in w.values())]
     return (
-        not (is_tracing() or is_exporting())
+        not is_exporting()
         and autocast_dtype(data[0].device) is None
         and are_of_one_kind(tensors)
         and all(tensor.device.type in _DEVICES for tensor in tensors)

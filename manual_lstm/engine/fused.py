@@ -3,7 +3,7 @@ r"""The gate loop of one direction as one operator, with its backward derived by
 ``manual_lstm::direction`` computes what :func:`manual_lstm.loop.run_plain` computes, faster: autograd
 does not watch its steps, so they write into buffers made once, and what belongs to many steps is one
 call for all of them. The mathematics of a step, forwards and backwards, is in ``cell.py``. This file
-keeps the books: buffers, blocks of steps, and sums over steps.
+manages buffers, blocks of steps, and sums over steps.
 
 **The backward** goes through time from the last step to the first. Let :math:`\delta z` be the
 gradient of the loss by z. Step t starts from :math:`\delta h_t`, the output's gradient plus what the
@@ -81,19 +81,20 @@ def direction(
     products = gate_products(weight_ih, weight_hh, bias, steps.starts[-1], len(sizes))
     buffers = _Buffers(d, steps, products, save)
 
+    h_steps, wide_h_steps, of_steps = buffers.h_steps, buffers.wide_h_steps, buffers.of_steps
     b, h, c = B, products.widen(h_0), buffers.c  # the state before a step
     for block in steps.blocks():
         projected = products.project(steps.rows_of(x, block), sizes[block.start : block.stop])
         for t, x_t in steps.in_order(zip(block, projected)):
             if sizes[t] != b:
-                b, h = sizes[t], products.widen(steps.previous(t, buffers.h_steps, h_0))
+                b, h = sizes[t], products.widen(steps.previous(t, h_steps, h_0))
                 c = steps.previous(t, buffers.c_steps, c_0) if save else buffers.c[:b]  # [b, H]
-            step_buffers = buffers.of_steps[t]
+            step_buffers = of_steps[t]
             products.add(x_t, h, step_buffers[0])  # a, [4, b, H]
-            c = lstm_cell_out(c, weight_hr, buffers.h_steps[t], *step_buffers)
-            h = buffers.wide_h_steps[t]
+            c = lstm_cell_out(c, weight_hr, h_steps[t], *step_buffers)
+            h = wide_h_steps[t]
 
-    h_n = steps.last(buffers.h_steps, h_0)
+    h_n = steps.last(h_steps, h_0)
     c_n = steps.last(buffers.c_steps, c_0) if save else buffers.c
     return buffers.output, h_n, c_n, buffers.gates, buffers.cells
 
@@ -122,8 +123,8 @@ class _Buffers:
         rows = self.output.view(N, P)
         self.h_steps = rows.split_with_sizes(sizes)
         self.wide_h_steps = products.widen(rows).split_with_sizes(sizes, 1)
-        # What nobody needs after its step has one place for all steps, [4, b, H] or [b, H] side by
-        # side for any b.
+        # All steps share scratch buffers. For any b, the first elements are a contiguous [4, b, H] or
+        # [b, H].
         a_place, tanh_place = x.new_empty(4 * B * H), x.new_empty(B * H)
         shared: dict[int, tuple[Tensor, ...]] = {}
         for b in set(sizes):
@@ -217,10 +218,11 @@ def direction_backward(
         rows, wide_rows = steps.rows(block), steps.rows(wide)
         n = rows.stop - rows.start
         inside = slice(rows.start - wide_rows.start, rows.stop - wide_rows.start)
-        # h and tanh(c) are not kept, so that the owner of the output may write to it.
-        # tanh_c and m: [n', H], h: [n', P or H]
-        tanh_c, m, h = output_again(gates[3, wide_rows], cells[wide_rows], weight_hr)
         i, f, g, o = gates[:, rows]  # four times [n, H]
+        # The forward keeps no h, so the caller may modify the output in place.
+        _, _, _, o_wide = gates[:, wide_rows]
+        # tanh_c and m: [n', H], h: [n', P or H]
+        tanh_c, m, h = output_again(o_wide, cells[wide_rows], weight_hr)
         c_before = torch.cat([steps.previous(t, c_steps, c_0) for t in block])  # [n, H]
         da = da_rows[rows] if by_row else x.new_empty(n, 4 * H)  # factors, and then a's gradient
         dm_to_dc = x.new_empty(n, H)
@@ -229,20 +231,20 @@ def direction_backward(
         parts = (da.view(n, 4, H)[:, :3], da[:, 3 * H :], dm_to_dc, f.conj(), da)
         views = zip(*(part.split_with_sizes(sizes[block.start : block.stop]) for part in parts))
         d_h_block: list[Tensor] = []  # with a projection, the gradient of h in each step
-        for t, (*of_cell, da_t) in reversed(steps.in_order(zip(block, views))):
+        for t, (da_ifg, da_o, dm_to_dc_t, f_t, da_t) in reversed(steps.in_order(zip(block, views))):
             b = sizes[t]
             if d_h_t is None:
                 d_h_t = d_h[:b] if out_steps is None else d_h[:b] + out_steps[t]
                 d_c_t = d_c[:b]
             if weight_hr is not None:
                 d_h_block.append(d_h_t.clone() if out_steps is None else d_h_t)
-            lstm_cell_backward(d_h_t, d_c_t, weight_hr_conj, *of_cell)
+            lstm_cell_backward(d_h_t, d_c_t, weight_hr_conj, da_ifg, da_o, dm_to_dc_t, f_t)
 
-            first = steps.is_first(t)
-            if out_steps is not None and not first and sizes[steps.before(t)] == b:
-                d_h_t = add(out_steps[steps.before(t)], da_t)
+            before = steps.before(t)
+            if out_steps is not None and before is not None and sizes[before] == b:
+                d_h_t = add(out_steps[before], da_t)
             else:
-                if need.h_0 or not first:
+                if need.h_0 or before is not None:
                     d_h[:b] = torch.mm(da_t, weight_hh_conj)
                 d_h_t = None
 
@@ -322,7 +324,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, gates, cells = ctx.saved_tensors
     d = Direction._make([*tensors, ctx.reverse])
     need = Gradients.of(Direction.split(ctx.needs_input_grad)[0])
-    grad_results = grads[:3]  # of output, h_n and c_n
+    grad_output, grad_h_n, grad_c_n, *_ = grads
+    grad_results = grad_output, grad_h_n, grad_c_n
     # Under autocast too the products are those of the forward's dtype, as in nn.LSTM's backward.
     kind, cast_to = gates.device.type, autocast_dtype(gates.device)
     with torch.autocast(kind, enabled=False) if cast_to else nullcontext():
@@ -331,7 +334,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             values = direction_backward(*d, gates, cells, *grad_results, list(need), False)
             gradients = Gradients(*(v if n else None for v, n in zip(values, need)))
-    return *gradients.in_places(), None
+    return *gradients.by_argument(), None
 
 
 direction.register_autograd(_backward, setup_context=_save)

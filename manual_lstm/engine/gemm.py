@@ -1,9 +1,9 @@
-"""The fastest matrix products at hand on CPU: the only file that knows private torch operators.
+"""The fastest matrix products that torch has on CPU.
 
-nn.LSTM multiplies with oneDNN, torch.addmm with MKL. For large float32 products oneDNN is the faster,
-and faster again if it may lay out a weight once for many of them. torch offers both to everybody,
-under private names that Inductor calls and that have stood since 2.0. They are looked up here. Where
-they are missing, or oneDNN is switched off by torch's own switch::
+nn.LSTM multiplies with oneDNN, torch.addmm with MKL. For large float32 products oneDNN is faster, and
+faster again if it may lay out a weight once for many of them. torch has private operators for both,
+which Inductor uses and which have existed since 2.0. They are looked up here. Where they are missing,
+or oneDNN is switched off by torch's own switch::
 
     with torch.backends.mkldnn.flags(enabled=False):
         layer(x)
@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manual_lstm.engine.context import is_compiling, is_grad_enabled, is_tracing
+from manual_lstm.engine.context import (
+    is_compiling,
+    is_grad_enabled,
+    is_onednn_enabled,
+    is_tracing,
+)
 
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
@@ -41,7 +46,7 @@ def _prefers_onednn(weight: Tensor, rows: int) -> bool:
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and None not in (_linear, _linear_add, _pack)
-        and bool(torch.backends.mkldnn.enabled)
+        and is_onednn_enabled()
     )
 
 
@@ -107,7 +112,7 @@ class OneDNNGateProducts(GateProducts):
         return h.unsqueeze(0)
 
     def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
-        # oneDNN could add a itself; added here, the gates come to lie apart in the same pass.
+        # oneDNN could add a itself. Adding here also puts each gate's elements side by side.
         torch.add(a, _by_gate(self._linear(h[0], self.weight_hh, None, "none", [], "")), out=out)
 
 
@@ -126,7 +131,7 @@ def gate_products(
     return GateProducts(weight_ih, weight_hh, bias)
 
 
-_FEW_COLUMNS = 16  # below so many MKL adds up row by row
+_FEW_COLUMNS = 16  # MKL adds up row by row below this many columns
 
 
 def missing_columns(weight: Tensor, multiple: int = 1) -> int:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 
 class Jagged:
@@ -16,7 +15,8 @@ class Jagged:
     Attributes:
         B: how many sequences there are.
         order: those that are not empty, by falling length.
-        packed: those, packed.
+        data: their steps, packed, ``[N, I]``.
+        batch_sizes: the number of rows of each step, ``[T]``, int64, on the CPU.
     """
 
     def __init__(self, input: Any) -> None:  # a Tensor, but for the types of its methods
@@ -32,14 +32,14 @@ class Jagged:
         steps = torch.arange(int(lengths[0]) if len(lengths) else 0, device=offsets.device)
         present = steps.unsqueeze(1) < lengths  # [T, sequences]
         self._rows = (starts[self.order] + steps.unsqueeze(1))[present]  # [N], step by step
-        self.packed = PackedSequence(values[self._rows], present.sum(1).cpu())
+        self.data, self.batch_sizes = values[self._rows], present.sum(1).cpu()
 
-    def nest(self, sequence: PackedSequence) -> Tensor:
-        """Give a packed result the form of the input, which may have gaps: they are zero."""
+    def nest(self, rows: Tensor) -> Tensor:
+        """Give packed rows the form of the input. Where it has gaps, they are zero."""
         values = self._input.values()
-        data = sequence.data.new_zeros(values.size(0), sequence.data.size(1))
+        data = rows.new_zeros(values.size(0), rows.size(1))
         nested: Tensor = torch.nested.nested_tensor_from_jagged(
-            data.index_copy(0, self._rows, sequence.data),
+            data.index_copy(0, self._rows, rows),
             self._input.offsets(),
             self._input.lengths(),
         )

@@ -143,13 +143,13 @@ class _Recorded(torch.autograd.Function):
             name: None if (of_samples := getattr(gradients, name)) is None else of_samples.sum(0)
             for name in ("weight_ih", "weight_hh", "bias", "weight_hr")
         }
-        return None, None, None, *gradients._replace(**weights).in_places()
+        return None, None, None, *gradients._replace(**weights).by_argument()
 
 
 def _plain_direction(*arguments: Any) -> tuple[Tensor, ...]:
     """What ``manual_lstm::direction`` returns with ``save``, by the plain loop."""
     d, _ = Direction.split(arguments)
-    result = run_plain(d, keep=True)
-    assert result.steps is not None
-    i, f, g, o, c = (part.flatten(0, -2) for part in result.steps[:5])  # [N, H]
-    return *result[:3], torch.stack([i, f, g, o]), c
+    output, h_n, c_n, steps = run_plain(d, keep=True)
+    assert steps is not None
+    gates = torch.stack([steps.i, steps.f, steps.g, steps.o]).flatten(1, -2)  # [4, N, H]
+    return output, h_n, c_n, gates, steps.c.flatten(0, -2)

@@ -33,7 +33,8 @@ def sample_gradients(
     arguments = (*d, gates, cells, *grads, list(_STATES_ONLY), True)
     d_x, d_h, d_c, *_, da, h_before, d_h_rows = direction_backward(*arguments)
     x = d.x.reshape(-1, d.x.size(-1))  # [N, I]
-    m = None if d.weight_hr is None else output_again(gates[3], cells, None)[1]  # [N, H]
+    _, _, _, o = gates
+    m = None if d.weight_hr is None else output_again(o, cells, None)[1]  # [N, H]
     if v is None:
         v = d.h_0.size(0)
         if d.batch_sizes is not None:  # rows of zeros, so that every step has a row of each sample
@@ -56,7 +57,8 @@ def batch_gradients(
     d: Direction, gates: Tensor, cells: Tensor, grads: Sequence[Tensor | None]
 ) -> Gradients:
     """Run the backward of one direction, as of one batch; the gradient of a missing weight is empty."""
-    return Gradients(*direction_backward(*d, gates, cells, *grads, list(_ALL_NEEDS), False)[:7])
+    values = direction_backward(*d, gates, cells, *grads, list(_ALL_NEEDS), False)
+    return Gradients.split(values)[0]
 
 
 def by_sample(rows: Tensor, v: int) -> Tensor:

@@ -18,12 +18,12 @@ from manual_lstm.engine.vmap import run_vmap
 from manual_lstm.loop import Prepare, run_plain
 
 # The weights of one direction by kind: weight_ih, weight_hh, and where there are, bias_ih, bias_hh,
-# weight_hr, and a cell's own parameters. Direction tells the shapes.
+# weight_hr, and a cell's own parameters. See Direction for the shapes.
 Weights = Mapping[str, Tensor]
 
 
-class Wishes(NamedTuple):
-    """What a call asks of the loop beyond its answer.
+class CallOptions(NamedTuple):
+    """The options of one call.
 
     Attributes:
         cells: for each direction what prepares a cell of the user's; ``None`` for nn.LSTM's cell.
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     steps: Sequence[Step] = ()  # where kept, of each direction: [T, B, features] or [N, features]
 
 
-NOTHING_MORE = Wishes()
+DEFAULT_OPTIONS = CallOptions()
 
 
 def run_stack(
@@ -56,7 +56,7 @@ def run_stack(
     weights: Sequence[Weights],
     D: int,
     dropout: float = 0.0,
-    wishes: Wishes = NOTHING_MORE,
+    options: CallOptions = DEFAULT_OPTIONS,
 ) -> Answer:
     """Run all layers and directions.
 
@@ -68,21 +68,20 @@ def run_stack(
         weights: of each direction, the layers in turn.
         D: the number of directions of a layer, 1 or 2.
         dropout: the probability with which an element between two layers is zeroed.
-        wishes: what the call asks besides.
+        options: see :class:`CallOptions`.
     """
-    T: int | None = (x if batch_sizes is None else batch_sizes).size(0)
-    if batch_sizes is not None and is_compiling():
-        T = None  # only the operator knows how many rows a step has
     loop = choose(
-        (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes),
+        x,
+        batch_sizes,
+        h_0,
+        c_0,
         weights,
-        T,
-        changed=wishes.cells is not None,
-        keep=wishes.keep,
-        opacus=wishes.opacus is not None,
+        changed=options.cells is not None,
+        keep=options.keep,
+        opacus=options.opacus is not None,
     )
     if loop is Loop.TRACED:
-        return Answer(*run_traced(x, batch_sizes, h_0, c_0, weights, D, dropout)[:3])
+        return Answer(*run_traced(x, batch_sizes, h_0, c_0, weights, D, dropout))
 
     h_first = _rows(h_0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]
@@ -105,7 +104,7 @@ def run_stack(
             w.get("weight_hr"),
             k % D == 1,
         )
-        result = _run(loop, d, k, wishes)
+        result = _run(loop, d, k, options)
         outputs.append(result.output)
         h_last.append(result.h_n)
         c_last.append(result.c_n)
@@ -119,23 +118,23 @@ def run_stack(
     return Answer(x, torch.stack(h_last), torch.stack(c_last), steps)
 
 
-def _run(loop: Loop, d: Direction, k: int, wishes: Wishes) -> Result:
+def _run(loop: Loop, d: Direction, k: int, options: CallOptions) -> Result:
     """Run the k-th direction by the loop that was chosen."""
     if loop is Loop.FUSED:
         return run_fused(d)
     if loop is Loop.VMAP:
         return run_vmap(d)
     if loop in (Loop.OPACUS, Loop.OPACUS_PLAIN):
-        assert wishes.opacus is not None
-        return wishes.opacus.run(d, k, plain=loop is Loop.OPACUS_PLAIN)
-    prepare = None if wishes.cells is None else wishes.cells[k]
-    return (run_scan if loop is Loop.SCAN else run_plain)(d, prepare, wishes.keep)
+        assert options.opacus is not None
+        return options.opacus.run(d, k, plain=loop is Loop.OPACUS_PLAIN)
+    prepare = None if options.cells is None else options.cells[k]
+    return (run_scan if loop is Loop.SCAN else run_plain)(d, prepare, options.keep)
 
 
 def _rows(states: Tensor) -> Sequence[Tensor]:
     """The states of each layer and direction."""
     if not is_compiling():
         return states.unbind(0)
-    # AOTAutograd keeps what unbind returns and, where another has use for them, the states too.
-    # Inductor takes each for a tensor of its own, and may write to one before it has read the other.
+    # AOTAutograd saves both what unbind returns and the states for the backward. Inductor takes them
+    # for separate tensors, and may overwrite one before it has read the other.
     return tuple(states.select(0, k) for k in range(states.size(0)))

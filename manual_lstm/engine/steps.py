@@ -164,13 +164,10 @@ class BlockSteps(Steps):
             return x[block.start : block.stop].reshape(-1, x.size(2))
         return x[self.rows(block)]
 
-    def is_first(self, t: int) -> bool:
-        """Whether the direction takes step t first."""
-        return t == (len(self.sizes) - 1 if self.reverse else 0)
-
-    def before(self, t: int) -> int:
-        """The step that the direction takes before step t, which is not the first."""
-        return t + 1 if self.reverse else t - 1
+    def before(self, t: int) -> int | None:
+        """The step that the direction takes before step t; ``None`` if t is the first."""
+        before = t + 1 if self.reverse else t - 1
+        return before if 0 <= before < len(self.sizes) else None
 
     def previous(self, t: int, states: States, first: Tensor) -> Tensor:
         """The state before step t: of the step taken before it, and of sequences that begin, ``first``.
@@ -180,10 +177,10 @@ class BlockSteps(Steps):
             states: the states after each step, by step, ``[b, features]`` each.
             first: the initial states, ``[B, features]``.
         """
-        b = self.sizes[t]
-        if self.is_first(t):
+        b, before = self.sizes[t], self.before(t)
+        if before is None:
             return first if first.size(0) == b else first[:b]
-        state, size = states[self.before(t)], self.sizes[self.before(t)]
+        state, size = states[before], self.sizes[before]
         if size == b:
             return state
         return state[:b] if size > b else torch.cat([state, first[size:b]])
@@ -191,7 +188,7 @@ class BlockSteps(Steps):
     def last(self, states: Sequence[Tensor], first: Tensor) -> Tensor:
         """The final state of each sequence, ``[B, features]``: where it ended, or the initial one."""
         parts: list[Tensor] = []
-        done = 0  # so many sequences, the longest ones, have their final state in parts
+        done = 0  # the number of sequences, the longest first, whose final state is in parts
         for t in range(len(self.sizes)) if self.reverse else range(len(self.sizes) - 1, -1, -1):
             if self.sizes[t] > done:
                 parts.append(states[t][done:])

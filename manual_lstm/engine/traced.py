@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.direction import Result
-
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # in the operator's order
 
 
@@ -22,11 +20,15 @@ def run_traced(
     weights: Sequence[Mapping[str, Tensor]],
     D: int,
     dropout: float,
-) -> Result:
-    """Run all layers and directions; the arguments are those of ``run_stack``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run all layers and directions together; the arguments are those of ``run_stack``.
+
+    Returns:
+        The output, h_n and c_n.
+    """
     flat = [w[kind] for w in weights for kind in _KINDS if kind in w]
     has_biases = "bias_ih" in weights[0]
     options = has_biases, len(weights) // D, dropout, dropout > 0, D == 2
     if batch_sizes is None:
-        return Result(*torch.lstm(x, (h_0, c_0), flat, *options, False))
-    return Result(*torch.lstm(x, batch_sizes, (h_0, c_0), flat, *options))
+        return torch.lstm(x, (h_0, c_0), flat, *options, False)
+    return torch.lstm(x, batch_sizes, (h_0, c_0), flat, *options)

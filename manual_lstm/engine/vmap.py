@@ -50,13 +50,13 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, gates, cells = _saved(ctx)
         d = Direction._make([*tensors, ctx.reverse])
-        grads = grads[:3]  # of output, h_n and c_n
+        grad_output, grad_h_n, grad_c_n, *_ = grads
         if choose_backward(Loop.VMAP) is Loop.VMAP:
-            values = _apply(_Backward, None, *d, gates, cells, *grads)
+            values = _apply(_Backward, None, *d, gates, cells, grad_output, grad_h_n, grad_c_n)
         else:  # a jvp, for one, of a vjp's function
-            values = plain_vjp(d, grads)
+            values = plain_vjp(d, (grad_output, grad_h_n, grad_c_n))
         present = Gradients.of(d)
-        return Gradients(*(None if t is None else v for t, v in zip(present, values))).in_places()
+        return Gradients(*(None if t is None else v for t, v in zip(present, values))).by_argument()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -102,7 +102,7 @@ class _Backward(torch.autograd.Function):
             tuple(grad for grad, t in zip(grads, Gradients.of(d)) if t is not None)
         )
         values = Gradients(**{name: of_tensors.get(name) for name in Gradients._fields})
-        return None, *values.in_places(), None, None, *of_first
+        return None, *values.by_argument(), None, None, *of_first
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], v: int | None, *arguments: Any) -> Any:
@@ -146,7 +146,7 @@ def _plain(v: int | None, d: Direction, grads: Sequence[Tensor]) -> Gradients:
 
 
 def _without_none(gradients: Gradients) -> tuple[Tensor, ...]:
-    """Something empty in place of None, which vmap does not return."""
+    """Replace None, which vmap does not return, by an empty tensor."""
     return tuple(gradients.x.new_empty(0) if value is None else value for value in gradients)
 
 
