@@ -17,6 +17,7 @@ import manual_lstm.functional
 import manual_lstm.module
 import manual_lstm.swap.replace
 from benchmarks import targets
+from benchmarks.cases import GROUPS
 from benchmarks.workload import INFERENCE, TRAINING
 from manual_lstm.__main__ import main
 from manual_lstm.testing import Case, assert_same_layer, comparing, conformance
@@ -33,6 +34,8 @@ BLOCKS = {
     "manual_lstm/testing/README.md": 2,
     "benchmarks/README.md": 1,
 }
+# A file or folder of the repository. A span such as `.safetensors` is the end of a name.
+PATHS = r"\.ci/run|(?:\w[\w.-]*/)*\w[\w.-]*(?:/|\.(?:py|md|pt|png|toml))"
 EXAMPLES = [
     pytest.param(block, id=f"{path}-{k}")
     for path, text in TEXTS.items()
@@ -111,6 +114,27 @@ def test_the_links_resolve(path: str) -> None:
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
+@pytest.mark.parametrize("path", TEXTS)
+def test_the_paths_exist(path: str) -> None:
+    """Files and folders that a README names in backticks, by a path from one of these folders."""
+    folders = [(ROOT / path).parent, ROOT]
+    if path == "tests/README.md":  # its tables have columns for these two
+        folders += [ROOT / "manual_lstm", ROOT / "tests" / "helpers"]
+    prose = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
+    words = [word for span in re.findall(r"`([^`\n]+)`", prose) for word in span.split()]
+    paths = [word for word in words if re.fullmatch(PATHS, word)]
+    assert paths or path not in ("README.md", "manual_lstm/README.md", "tests/README.md")
+    missing = [name for name in paths if not any((folder / name).exists() for folder in folders)]
+    assert not missing
+
+
+def test_the_tests_readme_names_every_file() -> None:
+    folder = ROOT / "tests"
+    named = re.findall(r"`(\w+\.py)`", TEXTS["tests/README.md"])
+    files = {path.name for path in [*folder.glob("test_*.py"), *(folder / "helpers").glob("[!_]*.py")]}
+    assert files <= set(named)
+
+
 def test_a_failing_case_says_what_the_readme_shows() -> None:
     text = TEXTS["manual_lstm/testing/README.md"]
     shown = re.search(r"```text\n(output differs.*?)\n```", text, re.DOTALL)
@@ -184,7 +208,10 @@ def test_the_readme_has_the_speed_of_the_tables() -> None:
         }
         for table in tables.split("\nTRAINING")
     )
-    one_by_one = re.findall(r"^\d{3},1,\d+,\d+ +\S+ +(\S+)", tables, re.MULTILINE)
+    small, large = GROUPS["overhead"].cases, GROUPS["arithmetic"].cases
+    rows = tables.split("\nTRAINING")[0].split("  overhead-bound")[1].split("  arithmetic-bound")[0]
+    small_times = dict(re.findall(r"^(\d\S+) +\S+ +(\S+)", rows, re.MULTILINE))
+    assert list(small_times) == [case.shape for case in small]
     prose = " ".join(TEXTS["README.md"].split())
 
     def shown(pattern: str) -> list[str]:
@@ -200,11 +227,23 @@ def test_the_readme_has_the_speed_of_the_tables() -> None:
     ]
     assert inference["shapes"] == training["shapes"]
     assert shown(f"plain loop, which takes {text}") == [training["plain"], inference["plain"]]
-    assert shown("Many small steps take # and # times") == [training["overhead"], inference["overhead"]]
-    assert shown("a single step # and # times") == [training["one-step"], inference["one-step"]]
-    assert shown(r"large layers in about nn.LSTM's time \(# times\)") == [training["arithmetic"]]
-    (most,) = shown("one sequence at a time, where it is up to # times as fast")
-    assert float(most) == pytest.approx(max(map(float, one_by_one)), abs=0.0501)
+    by_group = "Training / inference: many small steps # / #, large layers # / #, a single step # / #"
+    assert shown(by_group) == [
+        mode[group]
+        for group in ("overhead", "arithmetic", "one-step")
+        for mode in (training, inference)
+    ]
+    assert shown(r"in about nn.LSTM's time \(# times\)") == [training["arithmetic"]]
+    ends = shown("inference of small layers, of one sequence or of a batch, where it is # to # times")
+    times = sorted(map(float, small_times.values()))
+    assert [float(end) for end in ends] == pytest.approx([times[0], times[-1]], abs=0.0501)
+    sizes, batches = sorted(case.H for case in large), sorted(case.B for case in large)
+    limits = [sizes[0], sizes[-1], batches[0], batches[-1]]
+    assert shown("hidden sizes of # to #, batches of # to #") == [str(limit) for limit in limits]
+    in_batches = sorted(case.H for case in small if case.B > 1)
+    alone = [case.H for case in small if case.B == 1]
+    expected = [str(size) for size in in_batches + alone]
+    assert shown("batches with a hidden size of # or #, or one sequence with #") == expected
 
 
 def test_the_readme_has_the_targets_of_the_benchmarks() -> None:
