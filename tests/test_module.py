@@ -337,7 +337,7 @@ def test_a_trace_serves_other_lengths_and_batches_as_nn_lstms_does(options: dict
 def test_a_trace_is_one_node_that_other_programs_know() -> None:
     layer, x = ManualLSTM(3, 4, 2, bidirectional=True, batch_first=True), torch.randn(2, 5, 3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("error", message=".*torch.jit.script.*")
         traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
     kinds = [node.kind() for node in traced.inlined_graph.nodes()]
