@@ -94,14 +94,14 @@ def test_the_notebooks_function_does_too() -> None:
     assert len(calls) == 5
 
 
+def steps_seen() -> int:
+    """How many of five steps a debugger sees."""
+    with cell_calls() as calls:
+        ManualLSTM(3, 4)(torch.randn(5, 2, 3))
+    return len(calls)
+
+
 def test_it_nests_and_ends_with_an_exception() -> None:
-    layer, x = ManualLSTM(3, 4), torch.randn(5, 2, 3)
-
-    def steps_seen() -> int:
-        with cell_calls() as calls:
-            layer(x)
-        return len(calls)
-
     with plain_loop():
         with plain_loop():
             assert steps_seen() == 5
@@ -117,13 +117,6 @@ def test_it_nests_and_ends_with_an_exception() -> None:
 
 
 def test_blocks_of_one_thread_may_overlap() -> None:
-    layer, x = ManualLSTM(3, 4), torch.randn(5, 2, 3)
-
-    def steps_seen() -> int:
-        with cell_calls() as calls:
-            layer(x)
-        return len(calls)
-
     first, second = plain_loop(), plain_loop()  # as of two asyncio tasks
     first.__enter__()
     second.__enter__()
@@ -153,13 +146,10 @@ def test_no_steps_are_the_same_inside(packed: bool) -> None:
 
 
 def test_it_holds_for_its_thread_only() -> None:
-    layer, x = ManualLSTM(3, 4), torch.randn(5, 2, 3)
     seen: dict[str, int] = {}
 
     def call(name: str) -> None:
-        with cell_calls() as calls:
-            layer(x)
-        seen[name] = len(calls)
+        seen[name] = steps_seen()
 
     def call_inside(name: str) -> None:
         with plain_loop():

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.testing import Case, cases, mistakes
@@ -304,51 +303,6 @@ def test_a_parametrized_weight_is_computed_once_a_call(name: str) -> None:
     calls.clear()
     layer(torch.randn(5, 2, 3))
     assert calls == [name]
-
-
-class _Packing(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed: PackedSequence = self.layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0]
-        return pad_packed_sequence(packed)[0]
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}], ids=str
-)
-def test_a_trace_serves_other_lengths_and_batches_as_nn_lstms_does(options: dict[str, Any]) -> None:
-    layer = ManualLSTM(3, 4, **options)
-    example, x = torch.randn(5, 2, 3), torch.randn(9, 3, 3)
-    traced = torch.jit.trace(layer, example)  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(traced(x), layer(x))
-    h_n, c_n = layer(example)[1]
-    traced = torch.jit.trace(layer, (example, (h_n, c_n)))  # type: ignore[no-untyped-call]
-    hx = layer(x)[1]
-    torch.testing.assert_close(traced(x, hx), layer(x, hx))
-    packing = _Packing(layer)
-    traced = torch.jit.trace(packing, (example, torch.tensor([3, 5])))  # type: ignore[no-untyped-call]
-    lengths = torch.tensor([4, 9, 1])
-    torch.testing.assert_close(traced(x, lengths), packing(x, lengths))
-
-
-def test_a_trace_is_one_node_that_other_programs_know() -> None:
-    layer, x = ManualLSTM(3, 4, 2, bidirectional=True, batch_first=True), torch.randn(2, 5, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        warnings.filterwarnings("error", message=".*torch.jit.script.*")
-        traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
-    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
-    assert kinds.count("aten::lstm") == 1
-    assert not any(kind.startswith(("manual_lstm", "prim::Loop")) for kind in kinds)
-
-
-def test_a_trace_of_no_steps() -> None:
-    layer, x = ManualLSTM(3, 4), torch.randn(0, 2, 3)  # nn.LSTM's operator refuses these
-    traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(traced(x), layer(x))
 
 
 def test_eight_threads_call_one_layer() -> None:
