@@ -8,6 +8,7 @@ sorting or nested tensors. :meth:`Inputs.leave` is the way out.
 A new form of input is a new subclass of :class:`Inputs` and a line in :func:`enter`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -68,7 +69,7 @@ def enter(layer: Layer, input: Any, hx: Any, weights: Sequence[Mapping[str, Tens
     return inputs
 
 
-class Inputs:
+class Inputs(ABC):
     """The input of one call as steps.
 
     Attributes:
@@ -89,20 +90,20 @@ class Inputs:
     _cast_to: torch.dtype | None = None  # by autocast
     _answer_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of output and h_n, and of c_n
 
-    def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None: ...
 
     def batch_size(self) -> int:
         """How many sequences the caller gave."""
         return self.h_0.size(1)
 
+    @abstractmethod
     def leave_sequence(self, rows: Tensor) -> Any:
         """Give steps the form of the input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         """Give states the form in which the caller has them."""
-        raise NotImplementedError
 
     def leave(self, answer: Answer) -> tuple[Any, States, list[list[Any]]]:
         """The way out: the output, (h_n, c_n), and of each direction the parts of its steps."""
