@@ -50,7 +50,6 @@ QUICK = [
     *product(NARROW, FORMS, AVERAGED, [False]),
     *product(NARROW, FORMS, AVERAGED[:1], [True]),
     (torch.float32, "dense", AVERAGED[2], True),
-    (torch.bfloat16, "packed", AVERAGED[3], True),
 ]
 
 
