@@ -26,7 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS))
+# Inductor's sample in the quick run is a test of its own, below.
+SLOW_ROWS = {"torch.compile(fullgraph=True), forward and training"}
+
+
+@pytest.mark.parametrize(("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS, SLOW_ROWS))
 def test_a_row_on_compilers(row: ReportRow, options: dict[str, Any], packed: bool) -> None:
     run_row(row, Setting(ManualLSTM, options, packed))
 

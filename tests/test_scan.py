@@ -43,9 +43,7 @@ def test_unrolled_with_any_length_and_batch(strict: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strict"),
-    quick_sample(
-        product(RECIPES, [False, True]), [("LayerNormLSTM", False), ("VariationalLSTM", True)]
-    ),
+    quick_sample(product(RECIPES, [False, True]), [("VariationalLSTM", True)]),
 )
 def test_a_changed_cell_with_any_length_and_batch(name: str, strict: bool) -> None:
     layer = make_recipe(name, bidirectional=True)

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from manual_lstm import ManualLSTM, find_lstm, replace_lstm, restore_lstm
 from manual_lstm.testing.comparing import assert_close
 from tests.helpers.models import Net, check_private, old_weight_norm, untrained
+from tests.helpers.search import share
 from tests.helpers.trees import Tree, trees
 
 pytestmark = [
@@ -124,6 +125,7 @@ def _rest(layer: nn.Module) -> dict[str, Any]:
     return {key: id(value) for key, value in vars(layer).items() if key not in ours}
 
 
+@share(0.5)
 @given(tree=trees())
 def test_drawn_models_there_and_back(tree: Tree) -> None:
     model, log = tree.model, tree.log

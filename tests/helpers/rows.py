@@ -1,6 +1,6 @@
 """The report's rows as tests."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -18,12 +18,17 @@ def run_row(row: ReportRow, setting: Setting) -> None:
         pytest.skip(f"needs {error}")
 
 
-def row_grid(rows: Iterable[ReportRow], settings: Mapping[str, dict[str, Any]]) -> Iterator[Any]:
+def row_grid(
+    rows: Iterable[ReportRow],
+    settings: Mapping[str, dict[str, Any]],
+    slow_rows: Container[str] = (),
+) -> Iterator[Any]:
     """A test's parameters: a row, options, and whether the input is packed; all but a sample slow.
 
     The quick run takes the first of the settings with dense input, and the last, which has the most
     options, with packed input where the row has it. Of rows that are slow themselves, the quick run
     takes the first of the settings with dense input, and the slow run the last besides.
+    Of ``slow_rows`` it takes nothing.
     """
     first, *_, last = settings
     for row in rows:
@@ -33,6 +38,7 @@ def row_grid(rows: Iterable[ReportRow], settings: Mapping[str, dict[str, Any]]) 
                     quick = (name, packed) == (first, False)
                 else:
                     quick = (name, packed) in ((first, False), (last, row.packed))
+                quick = quick and row.label not in slow_rows
                 marks = [] if quick else [pytest.mark.slow]
                 marks += [pytest.mark.optional] if row.needs else []
                 label = f"{row.label}-{name}{'-packed' * packed}"
