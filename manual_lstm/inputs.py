@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from manual_lstm.cell import Step
 from manual_lstm.engine.context import autocast_dtype, is_compiling, is_tracing
 from manual_lstm.engine.dtypes import answer_dtypes, autocast, compute_dtype
 from manual_lstm.engine.nested import Jagged
@@ -112,10 +113,10 @@ class Inputs(ABC):
             h_dtype, c_dtype = self._answer_dtypes
             output, h_n, c_n = output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
             steps = [
-                type(step)(*(part.to(h_dtype) for part in step))._replace(c=step.c.to(c_dtype))
+                Step._make(part.to(h_dtype) for part in step)._replace(c=step.c.to(c_dtype))
                 for step in steps
             ]
-        kept = [[self.leave_sequence(part) for part in step] for step in steps] if steps else []
+        kept = [[self.leave_sequence(part) for part in step] for step in steps]
         return self.leave_sequence(output), self.leave_states(h_n, c_n), kept
 
     def convert_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:

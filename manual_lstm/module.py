@@ -354,8 +354,7 @@ class ManualLSTM(nn.Module):
         for names in self._weight_names:
             w = {}
             for name in names:
-                kind = name[: name.index("_l")]  # weight_ih of weight_ih_l0_reverse
-                w[kind] = parameters[name] if name in parameters else getattr(self, name)
+                w[_kind(name)] = parameters[name] if name in parameters else getattr(self, name)
             weights.append(w)
         for w, own in zip(weights, self._own_names):
             w.update((kind, getattr(self, name)) for kind, name in own.items())
@@ -372,7 +371,7 @@ class ManualLSTM(nn.Module):
                     f"{'a changed cell' if changed else 'unroll'}; vmap(grad(...)) takes both"
                 )
             parameters = [
-                {name[: name.index("_l")]: self._parameters.get(name) for name in names}
+                {_kind(name): self._parameters.get(name) for name in names}
                 for names in self._weight_names
             ]
             return CallOptions(
@@ -573,6 +572,11 @@ class ManualLSTM(nn.Module):
 _CELL, _PROJECT, _PER_SEQUENCE = ManualLSTM.cell, ManualLSTM.project, ManualLSTM.per_sequence
 _OVERRIDABLE = frozenset(("cell", "project", "per_sequence"))
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
+
+
+def _kind(name: str) -> str:
+    """The kind of a weight: ``weight_ih`` of ``weight_ih_l0_reverse``."""
+    return name[: name.index("_l")]
 
 
 def _check_arguments(

@@ -26,7 +26,9 @@ _interpreters: Callable[[], list[Any] | None] | None = getattr(
 unwrap_if_dead: Callable[[Tensor], Tensor] = getattr(
     _functorch, "unwrap_if_dead", lambda tensor: tensor
 )
-_LOOKING_INSIDE = ("is_batchedtensor", "is_gradtrackingtensor", "get_unwrapped")
+_sees_wrappers = all(
+    hasattr(_functorch, name) for name in ("is_batchedtensor", "is_gradtrackingtensor", "get_unwrapped")
+)
 # torch's scan operator is not public yet.
 scan_operator: Callable[..., Any] | None
 try:
@@ -52,7 +54,8 @@ else:
     _KINDS.append({FakeTensor})
 
 _thread = threading.local()
-# Set here, so that compiled code of this thread need not guard on a missing attribute.
+# Set here, so that compiled code of this thread need not guard on a missing attribute. Calls read only
+# the boolean, so that compiled code does not depend on how deep blocks are nested.
 _thread.plain_loop, _thread.plain_loop_blocks = False, 0
 
 
@@ -113,7 +116,7 @@ def only_vmap_and_grad() -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether a vmap runs over this tensor, at any level."""
-    if not all(hasattr(_functorch, name) for name in _LOOKING_INSIDE):
+    if not _sees_wrappers:
         return True
     while not _functorch.is_batchedtensor(tensor):
         if not _functorch.is_gradtrackingtensor(tensor):

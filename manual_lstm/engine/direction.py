@@ -15,7 +15,8 @@ class Direction(NamedTuple):
     ``batch_sizes[t]`` of the B sequences.
     """
 
-    x: Tensor  # the input of all steps, [T, B, I], or packed [N, I]; above the first layer I is D * P
+    # The input of all steps, [T, B, I], or packed [N, I]. Above the first layer I is D * (P or H).
+    x: Tensor
     batch_sizes: Tensor | None  # of packed input the number of rows of each step, [T], int64
     h_0: Tensor  # the initial hidden state, [B, H], or [B, P] with a projection
     c_0: Tensor  # the initial cell state, [B, H]

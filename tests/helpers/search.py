@@ -1,17 +1,11 @@
 """Hypothesis settings beside the profiles of conftest.py."""
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
+
+from manual_lstm.testing.probes.subject import search_settings
 
 # For tests which expect that a search finds something.
-SEARCH = settings(
-    max_examples=200,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+SEARCH = search_settings(200)
 
 
 def share(part: float) -> settings:

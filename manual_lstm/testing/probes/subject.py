@@ -22,6 +22,19 @@ from manual_lstm.testing.cases import (
 from manual_lstm.testing.comparing import assert_same_layer
 
 
+def search_settings(max_examples: int) -> settings:
+    """Settings of a search for a failure: the same cases in every run, and none is shrunk."""
+    return settings(
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 @dataclass(frozen=True)
 class Subject:
     """The class under test, and the features that it is declared to lack."""
@@ -63,15 +76,7 @@ class Subject:
         # In low precision, devices differ in their results and in what they support.
         devices = ["cpu"] if dtype else DEVICES
         drawn = cases([dtype or self.dtype], devices, without, always, large)
-        settings(
-            max_examples=self.max_examples * (4 if large else 1),
-            derandomize=True,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        )(given(case=drawn)(test))()
+        search_settings(self.max_examples * (4 if large else 1))(given(case=drawn)(test))()
 
     def lacking(self, *names: str) -> "Subject":
         """Return the same subject without these features too."""
