@@ -6,7 +6,7 @@ from manual_lstm.engine.custom import CellWeights
 from manual_lstm.functional import lstm_forward
 from manual_lstm.module import ManualLSTM
 from manual_lstm.swap import SwapCandidate, find_lstm, replace_lstm, restore_lstm
-from manual_lstm.unrolled import Unrolled
+from manual_lstm.unrolled.result import Unrolled
 
 __all__ = [
     "ManualLSTM",

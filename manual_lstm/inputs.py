@@ -23,6 +23,8 @@ from manual_lstm.engine.context import autocast_dtype, is_compiling, is_tracing
 from manual_lstm.engine.dtypes import answer_dtypes, autocast, compute_dtype
 from manual_lstm.engine.nested import Jagged
 from manual_lstm.engine.stack import Answer
+from manual_lstm.unrolled.request import Kept
+from manual_lstm.unrolled.result import Layout
 
 States = tuple[Tensor, Tensor]
 
@@ -103,21 +105,35 @@ class Inputs(ABC):
         """Give steps the form of the input."""
 
     @abstractmethod
+    def _layout(self, backward: bool) -> Layout:
+        """The form of the input."""
+
+    @abstractmethod
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         """Give states the form in which the caller has them."""
 
-    def leave(self, answer: Answer) -> tuple[Any, States, list[list[Any]]]:
-        """The way out: the output, (h_n, c_n), and of each direction the parts of its steps."""
-        output, h_n, c_n, steps = answer
+    def leave(self, answer: Answer) -> tuple[Any, States]:
+        """The way out: the output and (h_n, c_n)."""
+        output, h_n, c_n = answer.output, answer.h_n, answer.c_n
         if self._answer_dtypes is not None:
             h_dtype, c_dtype = self._answer_dtypes
             output, h_n, c_n = output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype)
-            steps = [
-                Step._make(part.to(h_dtype) for part in step)._replace(c=step.c.to(c_dtype))
-                for step in steps
-            ]
-        kept = [[self.leave_sequence(part) for part in step] for step in steps]
-        return self.leave_sequence(output), self.leave_states(h_n, c_n), kept
+        return self.leave_sequence(output), self.leave_states(h_n, c_n)
+
+    def leave_steps(self, answer: Answer, backward: bool) -> Kept:
+        """The way out of the steps that were kept.
+
+        Args:
+            answer: what the stack has returned.
+            backward: whether some directions go from the last step to the first.
+        """
+        fields: list[tuple[Any, ...]] = []
+        for name, parts in zip(Step._fields, zip(*(steps.joined for steps in answer.steps))):
+            if self._answer_dtypes is not None:
+                dtype = self._answer_dtypes[name == "c"]
+                parts = tuple(part.to(dtype) for part in parts)
+            fields.append(tuple(self.leave_sequence(part) for part in parts))
+        return Kept(fields, self._layout(backward), answer.steps, self.sample_of)
 
     def convert_dtypes(self, layer: Layer, weights: Sequence[Mapping[str, Tensor]]) -> None:
         """Cast as autocast does, check dtypes and devices, and convert to the dtype of the loop."""
@@ -177,6 +193,10 @@ class Dense(Inputs):
             return rows.squeeze(1)
         return rows.transpose(0, 1) if self._batch_first else rows
 
+    def _layout(self, backward: bool) -> Layout:
+        time_first = self._batched and not self._batch_first
+        return Layout("dense", self._batched, -3 if time_first else -2, backward)
+
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         return (h_n, c_n) if self._batched else (h_n.squeeze(1), c_n.squeeze(1))
 
@@ -203,6 +223,9 @@ class Packed(Inputs):
     def leave_sequence(self, rows: Tensor) -> PackedSequence:
         assert self.batch_sizes is not None
         return PackedSequence(rows, self.batch_sizes, self._sorted, self._unsorted)
+
+    def _layout(self, backward: bool) -> Layout:
+        return Layout("packed", True, 0, backward)
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         return self._layer.permute_hidden((h_n, c_n), self._unsorted)
@@ -238,6 +261,9 @@ class Nested(Inputs):
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
         return self._jagged.nest(rows)
+
+    def _layout(self, backward: bool) -> Layout:
+        return Layout("nested", True, 0, backward)
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         h_0, c_0 = self._states

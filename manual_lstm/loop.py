@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.engine.context import is_tracing
-from manual_lstm.engine.direction import Direction, Result
+from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.gemm import with_columns_of_zeros
 from manual_lstm.engine.steps import Steps, steps_of
 
@@ -58,7 +58,11 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
     if not outputs:
         return _without_steps(d, x, keep)
     output = steps.join(steps.in_order(outputs))
-    return Result(output, h, c, _join(steps, kept, output) if keep else None)
+    if not keep:
+        return Result(output, h, c)
+    kept = steps.in_order(kept)
+    joined = _join(steps, kept, output)
+    return Result(output, h, c, steps.all(joined, kept))
 
 
 def _without_steps(d: Direction, x: Tensor, keep: bool) -> Result:
@@ -71,12 +75,13 @@ def _without_steps(d: Direction, x: Tensor, keep: bool) -> Result:
     h, c = (torch.cat([state.flatten(), nothing]).view_as(state) for state in (d.h_0, d.c_0))
     output = nothing.view(*x.shape[:-1], d.h_0.size(-1))  # [0, B, P or H] or [0, P or H]
     empty = nothing.view(*x.shape[:-1], d.c_0.size(-1))  # [0, B, H] or [0, H]
-    return Result(output, h, c, Step(*[empty] * 6, output) if keep else None)  # type: ignore[call-arg]
+    steps = AllSteps(Step(empty, empty, empty, empty, empty, empty, output), [])
+    return Result(output, h, c, steps if keep else None)
 
 
 def _join(steps: Steps, kept: list[Step], output: Tensor) -> Step:
     """Make one Step of all, ``[T, B, features]`` or packed ``[N, features]``."""
-    i, f, g, o, c, m, _ = (steps.in_order(parts) for parts in zip(*kept))
+    i, f, g, o, c, m, _ = zip(*kept)
     m_is_h = kept[0].m is kept[0].h  # without a projection
     joined = [steps.join(parts) for parts in (i, f, g, o, c)]
     return Step._make([*joined, output if m_is_h else steps.join(m), output])

@@ -25,7 +25,8 @@ from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_o
 from manual_lstm.engine.stack import DEFAULT_OPTIONS, CallOptions, run_stack
 from manual_lstm.inputs import Inputs, enter
 from manual_lstm.loop import project
-from manual_lstm.unrolled import Unrolled
+from manual_lstm.unrolled.request import Request, request_of
+from manual_lstm.unrolled.result import Unrolled
 
 _Layer = TypeVar("_Layer", bound="ManualLSTM")
 
@@ -279,8 +280,24 @@ class ManualLSTM(nn.Module):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
-        output, states, _ = self._call(input, hx, keep=False)
-        return output, states
+        request = request_of(self)
+        keep = request is not None
+        inputs = enter(self, input, hx, self._weights())
+        with inputs.without_autocast():
+            answer = run_stack(
+                inputs.x,
+                inputs.batch_sizes,
+                inputs.h_0,
+                inputs.c_0,
+                inputs.weights,
+                D=2 if self.bidirectional else 1,
+                dropout=self.dropout if self.training else 0.0,
+                options=self._options(inputs, keep),
+            )
+        output, states = inputs.leave(answer)
+        if request is None:
+            return output, states
+        return request.keep(output, states, inputs.leave_steps(answer, self.bidirectional))
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """As :meth:`torch.nn.Module.register_forward_hook`; for Opacus' hooks see ``opacus.py``."""
@@ -295,25 +312,31 @@ class ManualLSTM(nn.Module):
             return super().register_full_backward_hook(hook, prepend)
         return RemovableHandle(OrderedDict())  # register_forward_hook has noted its owner already
 
-    def unroll(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
-    ) -> Unrolled:
-        """Run the layer, and return its gates and states at every step with its answer.
+    def unroll(self, *args: Any, **kwargs: Any) -> Unrolled:
+        """Call the layer, and return its gates and states at every step with its answer.
 
-        Everything is differentiable. The numbers are those of :meth:`forward` to the last digit or
-        two: :meth:`forward` may take the fused operator, this takes the plain loop. Hooks on the layer
-        do not see the call.
+        This calls the layer as ``layer(...)`` does: all hooks run, and so does a ``forward`` that a
+        subclass or a tool has put in the place of this class's. Where one of them changes the answer,
+        ``output`` and ``states`` are what they returned, and the gates are what the loop computed.
+
+        Everything is differentiable. The numbers are those of :meth:`forward` to the last digit or two:
+        with gradients, :meth:`forward` may take the fused operator, and this takes the plain loop. A
+        ``forward`` that runs this class's several times gives the gates of the first.
 
         Args:
             input: as for :meth:`forward`.
-            hx: as for :meth:`forward`.
+            hx: as for :meth:`forward`. All arguments are passed on as they are.
 
         Returns:
             The output, (h_n, c_n), and for every layer and direction i, f, g, o, c, m and h. See
             :class:`manual_lstm.Unrolled`.
 
         Raises:
-            What :meth:`forward` raises.
+            TypeError: a hook has made something else of the answer than ``(output, (h_n, c_n))``.
+            RuntimeError: the ``forward`` of a subclass has not called that of this class.
+            NotImplementedError: Opacus has taken the layer.
+
+            And what :meth:`forward` raises.
 
         Example:
             >>> layer = ManualLSTM(10, 20)
@@ -323,26 +346,9 @@ class ManualLSTM(nn.Module):
             >>> torch.equal(unrolled.c[0][-1], unrolled.states[1][0])
             True
         """
-        output, states, kept = self._call(input, hx, keep=True)
-        return Unrolled(output, states, *(tuple(part) for part in zip(*kept)))
-
-    def _call(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, keep: bool
-    ) -> tuple[Any, tuple[Tensor, Tensor], list[list[Any]]]:
-        """Run the layer: the output, the states, and with ``keep`` each direction's steps."""
-        inputs = enter(self, input, hx, self._weights())
-        with inputs.without_autocast():
-            answer = run_stack(
-                inputs.x,
-                inputs.batch_sizes,
-                inputs.h_0,
-                inputs.c_0,
-                inputs.weights,
-                D=2 if self.bidirectional else 1,
-                dropout=self.dropout if self.training else 0.0,
-                options=self._options(inputs, keep),
-            )
-        return inputs.leave(answer)
+        with Request(self) as request:
+            answer = self(*args, **kwargs)
+        return request.unrolled(answer)
 
     def _weights(self) -> list[dict[str, Tensor]]:
         """The weights of each direction by kind, and the cell's own parameters.

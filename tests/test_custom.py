@@ -132,9 +132,9 @@ def test_in_training_zoneout_keeps_some_units_and_renews_the_others() -> None:
         suffix = "_reverse" if k % 2 else ""
         p = equations.Weights(layer, f"_l{k // 2}{suffix}", {})
         if k == 2:
-            both = zip(unpack_sequence(seen.h[0]), unpack_sequence(seen.h[1]))  # type: ignore[arg-type]
+            both = zip(unpack_sequence(seen.h[0]), unpack_sequence(seen.h[1]))
             inputs = [torch.cat(pair, dim=1) for pair in both]
-        hs, cs = unpack_sequence(seen.h[k]), unpack_sequence(seen.c[k])  # type: ignore[arg-type]
+        hs, cs = unpack_sequence(seen.h[k]), unpack_sequence(seen.c[k])
         for x_b, h_b, c_b in zip(inputs, hs, cs):
             h = c = torch.zeros(4, dtype=torch.float64)
             for t in reversed(range(len(x_b))) if suffix else range(len(x_b)):

@@ -65,7 +65,7 @@ def test_each_direction_owns_its_parameters(name: str) -> None:
         with torch.no_grad():
             other.get_parameter(names[0]).add_(0.1)
         after = other.unroll(x).c
-        changed = [not torch.equal(a, b) for a, b in zip(before, after)]  # type: ignore[arg-type]
+        changed = [not torch.equal(a, b) for a, b in zip(before, after)]
         assert changed == [j == k or (j > 1 and k < 2) for j in range(4)]
 
 

@@ -91,7 +91,7 @@ def test_unrolled_alike() -> None:
     sequences = [torch.randn(n, 3) for n in (2, 5)]
     unrolled = layer.unroll(torch.nested.as_nested_tensor(sequences, layout=torch.jagged))
     for k in range(2):
-        for gates, sequence in zip(unrolled.f[k].unbind(), sequences, strict=True):  # type: ignore[union-attr]
+        for gates, sequence in zip(unrolled.f[k].unbind(), sequences, strict=True):
             torch.testing.assert_close(gates, layer.unroll(sequence).f[k])
 
 

@@ -135,7 +135,7 @@ def test_errors_are_those_of_forward() -> None:
         with pytest.raises((RuntimeError, ValueError, AttributeError)) as of_forward:
             layer(wrong)
         with pytest.raises(of_forward.type) as of_unroll:
-            layer.unroll(wrong)  # type: ignore[arg-type]
+            layer.unroll(wrong)
         assert str(of_unroll.value) == str(of_forward.value)
 
 

@@ -37,6 +37,12 @@ try:
     scan_operator = scan
 except ImportError:
     scan_operator = None
+# torch's registry of containers is not public yet; without it, transforms take Unrolled for a tuple.
+register_pytree_node: Callable[..., None] | None
+try:
+    from torch.utils._pytree import register_pytree_node
+except ImportError:
+    register_pytree_node = None
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Whether torch.jit.trace is watching. Sizes are symbolic there.

@@ -1,6 +1,6 @@
 """One direction of one layer: what every loop takes, and what every loop returns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -61,10 +61,19 @@ class Gradients(NamedTuple):
         return x, None, h_0, c_0, *weights, None
 
 
+class AllSteps(NamedTuple):
+    """All steps of a direction."""
+
+    joined: Step  # [T, B, features], or packed [N, features]
+    # One by one, [b, features] each, in the order of the input; or what makes them, where few callers
+    # will look; or the reason why there are none.
+    single: list[Step] | Callable[[], list[Step]] | str
+
+
 class Result(NamedTuple):
     """What a loop returns."""
 
     output: Tensor  # [T, B, H], or packed [N, H]; P features with a projection
     h_n: Tensor  # the final hidden state, [B, H], or [B, P] with a projection
     c_n: Tensor  # the final cell state, [B, H]
-    steps: Step | None = None  # where the loop keeps them, all steps: [T, B, features] or [N, features]
+    steps: AllSteps | None = None  # where the loop keeps them

@@ -61,7 +61,7 @@ def choose(
         return Loop.PLAIN
     if is_exporting() and scan_operator is not None:
         return Loop.SCAN
-    if changed or keep:
+    if changed or (keep and (is_grad_enabled() or is_tracing() or transforms_active())):
         return Loop.PLAIN
     T = (x if batch_sizes is None else batch_sizes).size(0)
     if is_tracing():

@@ -33,22 +33,40 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from manual_lstm.cell import lstm_cell_backward, lstm_cell_derivatives, lstm_cell_out, output_again
+from manual_lstm.cell import (
+    Step,
+    lstm_cell_backward,
+    lstm_cell_derivatives,
+    lstm_cell_out,
+    output_again,
+)
 from manual_lstm.engine.context import autocast_dtype, is_grad_enabled
 from manual_lstm.engine.differentiate import plain_gradients
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.dispatch import Loop, choose_backward
 from manual_lstm.engine.gemm import GateProducts, OuterSum, gate_products, repeated_product
-from manual_lstm.engine.steps import BlockSteps
+from manual_lstm.engine.steps import BlockSteps, steps_of
 
 _contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 
 
-def run_fused(d: Direction) -> Result:
-    """Take all steps of one direction by the operator."""
-    save = is_grad_enabled() and any(t is not None and t.requires_grad for t in Gradients.of(d))
-    output, h_n, c_n, *_ = direction(*d, save)
-    return Result(output, h_n, c_n)
+def run_fused(d: Direction, keep: bool = False) -> Result:
+    """Take all steps of one direction by the operator.
+
+    Args:
+        d: the direction.
+        keep: whether to return the steps. They have no gradients.
+    """
+    needs_grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in Gradients.of(d))
+    output, h_n, c_n, gates, cells = direction(*d, needs_grad or keep)
+    if not keep:
+        return Result(output, h_n, c_n)
+    shape = (*output.shape[:-1], d.c_0.size(1))  # [T, B, H] or [N, H]
+    i, f, g, o = gates.view(4, *shape).unbind(0)
+    c, m = cells.view(shape), output
+    if d.weight_hr is not None:
+        m = output_again(gates[3], cells, d.weight_hr)[1].view(shape)
+    return Result(output, h_n, c_n, steps_of(d).all(Step(i, f, g, o, c, m, output)))
 
 
 @torch.library.custom_op("manual_lstm::direction", mutates_args=())

@@ -149,7 +149,8 @@ class _Recorded(torch.autograd.Function):
 def _plain_direction(*arguments: Any) -> tuple[Tensor, ...]:
     """What ``manual_lstm::direction`` returns with ``save``, by the plain loop."""
     d, _ = Direction.split(arguments)
-    output, h_n, c_n, steps = run_plain(d, keep=True)
-    assert steps is not None
+    output, h_n, c_n, all_steps = run_plain(d, keep=True)
+    assert all_steps is not None
+    steps = all_steps.joined
     gates = torch.stack([steps.i, steps.f, steps.g, steps.o]).flatten(1, -2)  # [4, N, H]
     return output, h_n, c_n, gates, steps.c.flatten(0, -2)

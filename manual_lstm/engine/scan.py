@@ -10,9 +10,11 @@ from torch import Tensor
 
 from manual_lstm.cell import Step
 from manual_lstm.engine.context import scan_operator
-from manual_lstm.engine.direction import Direction, Result
+from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.steps import PaddedSteps
 from manual_lstm.loop import Prepare, prepare_lstm
+
+_NO_STEPS = "the loop ran as torch's scan, which keeps no single steps"
 
 
 def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -> Result:
@@ -38,4 +40,4 @@ def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -
         take_step, [d.h_0.clone(), d.c_0.clone()], inputs, reverse=d.reverse
     )
     parts = parts if steps is None else [steps.pack(part) for part in parts]
-    return Result(parts[-1], h_n, c_n, Step(*parts) if keep else None)
+    return Result(parts[-1], h_n, c_n, AllSteps(Step(*parts), _NO_STEPS) if keep else None)

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.cell import Step
 from manual_lstm.engine.context import is_compiling
-from manual_lstm.engine.direction import Direction, Result
+from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.dispatch import Loop, choose
 from manual_lstm.engine.fused import run_fused
 from manual_lstm.engine.opacus import OpacusCall
@@ -42,7 +41,7 @@ class Answer(NamedTuple):
     output: Tensor  # [T, B, D * (P or H)], or packed [N, D * (P or H)]
     h_n: Tensor  # [L * D, B, P or H]
     c_n: Tensor  # [L * D, B, H]
-    steps: Sequence[Step] = ()  # where kept, of each direction: [T, B, features] or [N, features]
+    steps: Sequence[AllSteps] = ()  # where kept, of each direction
 
 
 DEFAULT_OPTIONS = CallOptions()
@@ -87,7 +86,7 @@ def run_stack(
     c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]
     h_last: list[Tensor] = []
     c_last: list[Tensor] = []
-    steps: list[Step] = []
+    steps: list[AllSteps] = []
     outputs: list[Tensor] = []  # of the directions of one layer
     for k, w in enumerate(weights):
         if dropout > 0 and k > 0 and k % D == 0:  # another layer begins
@@ -121,7 +120,7 @@ def run_stack(
 def _run(loop: Loop, d: Direction, k: int, options: CallOptions) -> Result:
     """Run the k-th direction by the loop that was chosen."""
     if loop is Loop.FUSED:
-        return run_fused(d)
+        return run_fused(d, options.keep)
     if loop is Loop.VMAP:
         return run_vmap(d)
     if loop in (Loop.OPACUS, Loop.OPACUS_PLAIN):

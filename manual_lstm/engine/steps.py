@@ -18,12 +18,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.context import is_compiling
-from manual_lstm.engine.direction import Direction
+from manual_lstm.cell import Step
+from manual_lstm.engine.context import is_compiling, is_grad_enabled
+from manual_lstm.engine.direction import AllSteps, Direction
 
 # A block of steps has about this many rows: enough for a product to be fast, few enough for its
 # result to stay in the cache. The fused loop projects the input of one block at a time.
 BLOCK_ROWS = 512
+
+_ROWS_UNKNOWN = "a compiled function does not know how many rows each step of packed input has"
 
 T = TypeVar("T")
 States = Sequence[Tensor] | Mapping[int, Tensor]
@@ -74,6 +77,22 @@ class Steps:
         """Make one tensor of T times ``[b, features]``: the way back from :meth:`split`."""
         return torch.stack(list(parts)) if self._sizes is None else torch.cat(list(parts))
 
+    def all(self, joined: Step, single: list[Step] | None = None) -> AllSteps:
+        """All steps, together and one by one.
+
+        Args:
+            joined: together.
+            single: one by one as the loop has made them, in the order of the input; ``None`` for views.
+        """
+
+        def views() -> list[Step]:
+            return [Step(*parts) for parts in zip(*map(self.split, joined))]
+
+        if single is not None and is_grad_enabled():
+            return AllSteps(joined, single)
+        # Without gradients, views do as well, and the tensors of the single steps can be freed.
+        return AllSteps(joined, views() if is_compiling() else views)
+
 
 class PaddedSteps(Steps):
     """The steps of packed data whose numbers of rows are elements of a tensor.
@@ -121,6 +140,10 @@ class PaddedSteps(Steps):
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """As :meth:`Steps.join`."""
         return self.pack(torch.stack(list(parts)))
+
+    def all(self, joined: Step, single: list[Step] | None = None) -> AllSteps:
+        """As :meth:`Steps.all`: here the single steps have rows of sequences that have ended, too."""
+        return AllSteps(joined, _ROWS_UNKNOWN)
 
 
 class BlockSteps(Steps):
