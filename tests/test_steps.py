@@ -334,6 +334,9 @@ def test_plot_gradients_draws_the_norms(form: str) -> None:
 def test_plot_gradients_of_some_directions_and_steps() -> None:
     unrolled = make_layer(**DEEP).unroll(randn(5, 2, 3))
     figure = unrolled.plot_gradients(unrolled.output[2].sum(), directions=[2, -1], labels="abcde")
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["layer 1, forward", "layer 1, backward"]
     first, second = (np.asarray(line.get_ydata()) for line in figure.axes[0].lines)
     assert (first > 0).tolist() == [True] * 3 + [False] * 2  # none comes there: nan
     assert (second[2:] > 0).all()

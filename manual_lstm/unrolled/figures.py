@@ -65,13 +65,13 @@ def draw_gates(
 
 
 def draw_gradients(
-    loss: Tensor, states: Mapping[int, Sequence[Tensor]], labels: Sequence[str] | None
+    loss: Tensor, states: Mapping[str, Sequence[Tensor]], labels: Sequence[str] | None
 ) -> "Figure":
     """Draw lines over time; :meth:`manual_lstm.Unrolled.plot_gradients` describes them.
 
     Args:
         loss: a tensor with one element.
-        states: for each layer and direction h of every step, ``[b, features]`` each.
+        states: h of every step, ``[b, features]`` each, by the name of the layer and direction.
         labels: what to write below the steps.
     """
     if not isinstance(loss, Tensor):
@@ -92,10 +92,10 @@ def draw_gradients(
     norms = iter([0.0 if gradient is None else float(gradient.norm()) for gradient in found])
     figure = new_figure(T, height=4)
     axis = figure.subplots()
-    for k, of_direction in states.items():
+    for name, of_direction in states.items():
         # A logarithm has no place for zero: a gap in the line.
         line = [next(norms) or float("nan") for _ in of_direction]
-        axis.plot(range(T), line, marker="." if T < 100 else None, label=f"layer and direction {k}")
+        axis.plot(range(T), line, marker="." if T < 100 else None, label=name)
     axis.set_yscale("log")
     axis.set_ylabel("norm of dL/dh")
     if len(states) > 1:

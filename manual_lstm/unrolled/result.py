@@ -285,7 +285,11 @@ class Unrolled(tuple[Any, ...]):
         chosen = range(len(steps)) if directions is None else directions
         for k in chosen:
             figures.check_index("directions", k, len(steps), "layers and directions")
-        states = {k: [step.h for step in steps[k]] for k in chosen}
+        D = 1 + self._layout.backward
+        ways = ["forward", "backward"]
+        states = {
+            f"layer {k % len(steps) // D}, {ways[k % D]}": [step.h for step in steps[k]] for k in chosen
+        }
         return figures.draw_gradients(loss, states, labels)
 
     def _one(self, sequence: Any, sample: int) -> Tensor:
