@@ -35,7 +35,6 @@ class Layer(Protocol):
     """What the door asks of a layer. A subclass may override its checks, which have nn.LSTM's names."""
 
     input_size: int
-    hidden_size: int
     proj_size: int
     batch_first: bool
     _weight_names: list[list[str]]
@@ -46,6 +45,9 @@ class Layer(Protocol):
     ) -> None: ...
     def check_forward_args(self, input: Tensor, hidden: States, batch_sizes: Tensor | None) -> None: ...
     def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]: ...
+    def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]: ...
     def permute_hidden(self, hx: States, permutation: Tensor | None) -> States: ...
@@ -164,8 +166,9 @@ class Inputs(ABC):
         layer.check_input(x, self.batch_sizes)
         self.h_0 = x.new_zeros(layer.get_expected_hidden_size(x, self.batch_sizes))
         self.c_0 = self.h_0  # safe to share: never written to
-        if layer.proj_size:
-            self.c_0 = x.new_zeros(*self.h_0.shape[:2], layer.hidden_size)
+        *_, features = layer.get_expected_cell_size(x, self.batch_sizes)
+        if features != self.h_0.size(2):
+            self.c_0 = x.new_zeros(*self.h_0.shape[:2], features)
 
 
 class Dense(Inputs):
@@ -245,8 +248,10 @@ class Nested(Inputs):
         self.x, self.batch_sizes, self.sample_of = jagged.data, jagged.batch_sizes, jagged.order
         layer.check_input(self.x, self.batch_sizes)
         _check_input_dtype(self.x, weight, packed=True)
-        L, H = len(layer._weight_names), layer.hidden_size
-        expected_h, expected_c = (L, jagged.B, layer.proj_size or H), (L, jagged.B, H)
+        # Empty sequences have states too.
+        L, _, P = layer.get_expected_hidden_size(self.x, self.batch_sizes)
+        *_, H = layer.get_expected_cell_size(self.x, self.batch_sizes)
+        expected_h, expected_c = (L, jagged.B, P), (L, jagged.B, H)
         if hx is None:
             h_0, c_0 = jagged.data.new_zeros(expected_h), jagged.data.new_zeros(expected_c)
         else:

@@ -4,7 +4,8 @@ This file and ``cell.py`` are the LSTM. Which rows a step works on is ``engine/s
 fused loop in ``engine/fused.py`` computes the same faster, and is tested against this one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,19 @@ from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.gemm import with_columns_of_zeros
 from manual_lstm.engine.steps import Steps, steps_of
 
-# Takes one step: x_t, h, c, weight_hh and weight_hr to a Step, as lstm_cell does.
-Cell = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Step]
-# Projects the input of all steps, [T, B, 4H] or [N, 4H], and returns the cell that takes one of them.
-Prepared = tuple[Tensor, Cell]
+# Takes one step, as lstm_cell does: x_t, h, c, weight_hh, weight_hr, and the rows of whatever else
+# was prepared.
+Cell = Callable[..., Step]
+
+
+class Prepared(NamedTuple):
+    """What a direction is run with."""
+
+    x: Tensor  # the projected input of all steps, [T, B, 4H] or [N, 4H]
+    cell: Cell
+    of_steps: Sequence[Tensor] = ()  # what else each step gets its rows of, [T, B, ...] or [N, ...]
+
+
 Prepare = Callable[[Direction], Prepared]
 
 # Autograd adds up the gradient of each alias of weight_hh by itself, and then the aliases': over many
@@ -35,13 +45,15 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
         prepare: what projects the input and gives the cell; ``None`` for :func:`prepare_lstm`.
         keep: whether to return the steps.
     """
-    x, cell = prepare_lstm(d) if prepare is None else prepare(d)  # [T, B, 4H] or [N, 4H]
+    x, cell, of_steps = prepare_lstm(d) if prepare is None else prepare(d)  # [T, B, 4H] or [N, 4H]
     if d.batch_sizes is None and not keep and not is_tracing() and x.size(0) == 1:
-        step = cell(x.squeeze(0), d.h_0, d.c_0, d.weight_hh, d.weight_hr)  # no loop
+        rows = [each.squeeze(0) for each in of_steps]
+        step = cell(x.squeeze(0), d.h_0, d.c_0, d.weight_hh, d.weight_hr, *rows)  # no loop
         return Result(torch.stack([step.h]), step.h, step.c)
 
     steps = steps_of(d)
     inputs = steps.split(x)  # T times [b, 4H]
+    others = [steps.split(each) for each in of_steps]  # T times [b, ...] each
     h, c, weight_hh = d.h_0, d.c_0, d.weight_hh
     outputs: list[Tensor] = []
     kept: list[Step] = []
@@ -49,7 +61,8 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
     for k, t in enumerate(steps.order(T)):
         if T > _STEPS_OF_AN_ALIAS and k % _STEPS_OF_AN_ALIAS == 0:
             weight_hh = d.weight_hh.view_as(d.weight_hh)
-        step = cell(inputs[t], steps.under_way(t, h), steps.under_way(t, c), weight_hh, d.weight_hr)
+        before = steps.under_way(t, h), steps.under_way(t, c)  # [b, P or H] and [b, H]
+        step = cell(inputs[t], *before, weight_hh, d.weight_hr, *(each[t] for each in others))
         h, c = steps.carry(t, step.h, h), steps.carry(t, step.c, c)
         outputs.append(step.h)
         if keep:
@@ -89,7 +102,7 @@ def _join(steps: Steps, kept: list[Step], output: Tensor) -> Step:
 
 def prepare_lstm(d: Direction) -> Prepared:
     """Project the input of all steps; the cell is nn.LSTM's."""
-    return project(d.x, d.weight_ih, d.bias), lstm_cell
+    return Prepared(project(d.x, d.weight_ih, d.bias), lstm_cell)
 
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from manual_lstm.cell import Step, lstm_cell
 from manual_lstm.engine.context import is_compiling, is_tracing
 from manual_lstm.engine.convert import install_state, manual_state, official_state, why_not
-from manual_lstm.engine.custom import CellWeights, prepare_custom
+from manual_lstm.engine.custom import CellWeights, of_each_step, prepare_custom
 from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_owner
 from manual_lstm.engine.stack import DEFAULT_OPTIONS, CallOptions, run_stack
 from manual_lstm.inputs import Inputs, enter
@@ -101,6 +101,11 @@ class ManualLSTM(nn.Module):
     # A new option needs: an argument of __init__ with its check in _check_arguments, an attribute set
     # below, its part in extra_repr, and a default here in the class. A swap copies vars(lstm) of an
     # nn.LSTM and does not run __init__, so an attribute that only __init__ sets is missing after it.
+
+    # Whether torch.compile and torch.export make torch's scan of the loop of a changed cell: one step,
+    # whose compile time does not grow with the length. A class whose cell scan does not take (it writes
+    # to a buffer, for one) sets this to False: its steps are then unrolled, for the example's length.
+    compile_as_scan: bool = True
 
     # The cell's own parameters of each direction: their names in w, and the names of the parameters.
     _own_names: Sequence[dict[str, str]] = ()
@@ -387,7 +392,9 @@ class ManualLSTM(nn.Module):
             return CallOptions(keep=True) if keep else DEFAULT_OPTIONS
         own_names = self._own_names or [{} for _ in inputs.weights]
         own = [{kind: w[kind] for kind in names} for w, names in zip(inputs.weights, own_names)]
-        return CallOptions([prepare_custom(self, parameters) for parameters in own], keep)
+        of_steps = of_each_step(self, inputs.x, inputs.batch_sizes, own[0])
+        cells = [prepare_custom(self, parameters, of_steps) for parameters in own]
+        return CallOptions(cells, self.compile_as_scan, keep)
 
     # What a subclass with a cell of its own may override.
 
@@ -461,6 +468,41 @@ class ManualLSTM(nn.Module):
 
         Returns:
             Tensors ``[B, ...]``. Each step finds in ``w`` the rows of the sequences that have it.
+
+        Raises:
+            TypeError, ValueError: raised by the layer's call for what is no tensor, for other sizes,
+                and for a name that ``w`` has already.
+        """
+        return {}
+
+    def per_step(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what the cell needs to know of each step, such as the time since the last, by name.
+
+        Called once a call; all layers and directions get the same.
+
+        Args:
+            x: the input of the layer as steps, ``[T, B, I]``, or packed ``[N, I]``, in the dtype in
+                which the loop computes.
+
+        Returns:
+            Tensors ``[T, B, ...]``, or packed ``[N, ...]``. The cell finds in ``w`` its step's rows,
+            ``[b, ...]``, and in ``w.t`` the step's index, ``[b]``, int64.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`per_sequence`.
+
+        Example:
+            The last feature of the input is the time since the step before, and the cell state decays
+            with it (after Baytas et al. 2017, https://doi.org/10.1145/3097983.3097997):
+
+            >>> from manual_lstm import ManualLSTM
+            >>> class TimeAware(ManualLSTM):
+            ...     def per_step(self, x):
+            ...         return {"gap": x[..., -1:]}
+            ...     def cell(self, x_t, h, c, w):
+            ...         return super().cell(x_t, h, c / (1 + w.gap), w)
+            >>> gaps = torch.rand(5, 3, 1)
+            >>> output, _ = TimeAware(10, 20, num_layers=2)(torch.cat([torch.randn(5, 3, 9), gaps], -1))
         """
         return {}
 
@@ -472,7 +514,10 @@ class ManualLSTM(nn.Module):
             w: this direction's weights, and the cell's own parameters, by their names.
 
         Returns:
-            ``[T, B, 4H]``, or packed ``[N, 4H]``.
+            ``[T, B, 4H]``, or packed ``[N, 4H]``. What :meth:`cell` takes may have another last size.
+
+        Raises:
+            TypeError, ValueError: raised by the layer's call for other leading sizes.
         """
         return project(x, w.weight_ih, w.bias)
 
@@ -482,6 +527,7 @@ class ManualLSTM(nn.Module):
             cls.cell is not _CELL
             or cls.project is not _PROJECT
             or cls.per_sequence is not _PER_SEQUENCE
+            or cls.per_step is not _PER_STEP
             or not _OVERRIDABLE.isdisjoint(self.__dict__)
         )
 
@@ -524,20 +570,40 @@ class ManualLSTM(nn.Module):
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]:
         """Return the shape that h_0 should have, ``(L * D, B, P or H)``."""
-        L, B, H = self.get_expected_cell_size(input, batch_sizes)
-        return L, B, self.proj_size or H
+        B = self._batch_size(input, batch_sizes)
+        return len(self._weight_names), B, self.proj_size or self.hidden_size
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """Return the shape that c_0 should have, ``(L * D, B, H)``."""
+        """Return the shape that c_0 should have, ``(L * D, B, H)``.
+
+        A cell that keeps more in its state overrides this. The states that it returns, and those of
+        zeros where the caller gives none, are of the size that this returns.
+
+        Example:
+            >>> from manual_lstm import ManualLSTM
+            >>> class TwoStates(ManualLSTM):
+            ...     def get_expected_cell_size(self, input, batch_sizes):
+            ...         L, B, H = super().get_expected_cell_size(input, batch_sizes)
+            ...         return L, B, 2 * H
+            ...     def cell(self, x_t, h, c, w):
+            ...         c, mean = c.chunk(2, dim=-1)
+            ...         step = super().cell(x_t, h, c, w)
+            ...         return step._replace(c=torch.cat([step.c, 0.9 * mean + 0.1 * step.c], dim=-1))
+            >>> output, (h_n, c_n) = TwoStates(10, 20)(torch.randn(5, 3, 10))
+            >>> c_n.shape
+            torch.Size([1, 3, 40])
+        """
+        return len(self._weight_names), self._batch_size(input, batch_sizes), self.hidden_size
+
+    def _batch_size(self, input: Tensor, batch_sizes: Tensor | None) -> int:
         if batch_sizes is None:
-            B = input.size(0 if self.batch_first else 1)
-        elif is_tracing():
-            B = cast(int, batch_sizes[0])  # int() would freeze it
-        elif is_compiling():
+            return input.size(0 if self.batch_first else 1)
+        if is_tracing():
+            return cast(int, batch_sizes[0])  # int() would freeze it
+        if is_compiling():
             (B,) = batch_sizes[:1].tolist()  # whether it is empty is not known while compiling
-        else:
-            B = batch_sizes.tolist()[0] if batch_sizes.numel() else 0
-        return len(self._weight_names), B, self.hidden_size
+            return cast(int, B)
+        return batch_sizes.tolist()[0] if batch_sizes.numel() else 0
 
     def check_hidden_size(
         self,
@@ -575,8 +641,9 @@ class ManualLSTM(nn.Module):
 
 
 # A subclass that overrides one of these, or an object that replaces one, has a changed cell.
-_CELL, _PROJECT, _PER_SEQUENCE = ManualLSTM.cell, ManualLSTM.project, ManualLSTM.per_sequence
-_OVERRIDABLE = frozenset(("cell", "project", "per_sequence"))
+_CELL, _PROJECT = ManualLSTM.cell, ManualLSTM.project
+_PER_SEQUENCE, _PER_STEP = ManualLSTM.per_sequence, ManualLSTM.per_step
+_OVERRIDABLE = frozenset(("cell", "project", "per_sequence", "per_step"))
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
 
 

@@ -131,6 +131,32 @@ def is_batched(tensor: Tensor) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def no_donated_buffers() -> None:
+    """Keep the function that is being compiled from donating what it has saved for its backward.
+
+    Dynamo calls this while it compiles. Inductor 2.13 takes the numbers of the donated inputs of a
+    backward for those of the step of a scan in it, too, and overwrites what is still needed: gradients
+    come out wrong. This setting of torch is put back when the compilation ends.
+    """
+    try:
+        from torch._dynamo.callback import callback_handler
+        from torch._functorch import config
+    except ImportError:
+        return
+    if getattr(config, "donated_buffer", False):
+        config.donated_buffer = False
+        if _donate_again not in callback_handler.end_callbacks:
+            callback_handler.register_end_callback(_donate_again)
+        _thread.donates = True
+
+
+def _donate_again(*_: Any) -> None:
+    if getattr(_thread, "donates", False):
+        _thread.donates = False
+        torch._functorch.config.donated_buffer = True
+
+
 def traced_number(size: int) -> int:
     """The value that a size has in the example of a trace, without the tracer's warning."""
     with warnings.catch_warnings():

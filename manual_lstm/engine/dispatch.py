@@ -43,6 +43,7 @@ def choose(
     c_0: Tensor,
     weights: Sequence[Mapping[str, Tensor]],
     changed: bool = False,
+    as_scan: bool = True,
     keep: bool = False,
     opacus: bool = False,
 ) -> Loop:
@@ -52,6 +53,7 @@ def choose(
         x, batch_sizes, h_0, c_0: the input and the states of all layers and directions.
         weights: the weights of each direction, by kind.
         changed: whether the cell is not nn.LSTM's.
+        as_scan: whether a changed cell may be compiled and exported as torch's scan.
         keep: whether the call wants the steps.
         opacus: whether Opacus wants a gradient for each sample.
     """
@@ -59,11 +61,15 @@ def choose(
         return Loop.OPACUS_PLAIN if in_plain_loop() else Loop.OPACUS
     if in_plain_loop():
         return Loop.PLAIN
-    if is_exporting() and scan_operator is not None:
-        return Loop.SCAN
+    T = (x if batch_sizes is None else batch_sizes).size(0)
+    if scan_operator is not None and as_scan:
+        if is_exporting():
+            return Loop.SCAN
+        # Dynamo does not trace scan under a transform, and Inductor not without a step.
+        if is_compiling() and changed and T > 1 and not transforms_active():
+            return Loop.SCAN
     if changed or (keep and (is_grad_enabled() or is_tracing() or transforms_active())):
         return Loop.PLAIN
-    T = (x if batch_sizes is None else batch_sizes).size(0)
     if is_tracing():
         # nn.LSTM's operator knows no transform, and refuses a sequence without steps.
         fits = not transforms_active() and traced_number(T) > 0

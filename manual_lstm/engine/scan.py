@@ -1,15 +1,16 @@
-"""The gate loop as torch's scan operator, so that an exported program keeps it a loop over any T.
+"""The gate loop as torch's scan operator, so that a program keeps it a loop over any T.
 
-torch.export records what it sees: unrolled steps would be as many as its example has. Under
-``torch.ops.higher_order.scan`` they stay one step, and how many there are is an input's size. The
-operator is not public yet; where it is missing, exported programs have a fixed length.
+torch.export and torch.compile record what they see: unrolled steps would be as many as the example has,
+and take as long to compile. Under ``torch.ops.higher_order.scan`` they stay one step, and how many
+there are is an input's size. Exported layers run so, and changed cells under torch.compile. The
+operator is not public yet; where it is missing, the steps are unrolled.
 """
 
 import torch
 from torch import Tensor
 
 from manual_lstm.cell import Step
-from manual_lstm.engine.context import scan_operator
+from manual_lstm.engine.context import is_exporting, no_donated_buffers, scan_operator
 from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.steps import PaddedSteps
 from manual_lstm.loop import Prepare, prepare_lstm
@@ -19,7 +20,9 @@ _NO_STEPS = "the loop ran as torch's scan, which keeps no single steps"
 
 def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -> Result:
     """Take all steps of one direction by scan; the arguments are those of ``run_plain``."""
-    x, cell = prepare_lstm(d) if prepare is None else prepare(d)  # [T, B, 4H] or [N, 4H]
+    x, cell, of_steps = prepare_lstm(d) if prepare is None else prepare(d)  # [T, B, 4H] or [N, 4H]
+    if not is_exporting():
+        no_donated_buffers()
     steps = None if d.batch_sizes is None else PaddedSteps(d)
     B = d.h_0.size(0)
 
@@ -27,16 +30,21 @@ def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -
         h, c = state
         if steps is None:  # AOTInductor sizes its results by what the step takes: B has to be there
             h = h.expand(B, -1)
-        step = cell(inputs[0], h, c, d.weight_hh, d.weight_hr)
+        x_t, *rows = inputs
+        present = None if steps is None else rows.pop()  # [B, 1]
+        step = cell(x_t, h, c, d.weight_hh, d.weight_hr, *rows)
         h_t, c_t = step.h, step.c
-        if steps is not None:  # a sequence that has no such step waits
-            h_t, c_t = torch.where(inputs[1], h_t, h), torch.where(inputs[1], c_t, c)
+        if present is not None:  # a sequence that has no such step waits
+            h_t, c_t = torch.where(present, h_t, h), torch.where(present, c_t, c)
         # scan takes no result twice, nor a view of one
         return [h_t.clone(), c_t.clone()], [part.clone() for part in (step if keep else [step.h])]
 
     assert scan_operator is not None
-    inputs = [x] if steps is None else [steps.pad(x), steps.present]  # [T, B, 4H] and [T, B, 1]
-    (h_n, c_n), parts = scan_operator(
+    inputs = [x, *of_steps]  # [T, B, ...]
+    if steps is not None:
+        inputs = [*map(steps.pad, inputs), steps.present]
+    # Where the operator does not take a cell, torch's error shows the next line.
+    (h_n, c_n), parts = scan_operator(  # no such cell: set compile_as_scan = False in its class
         take_step, [d.h_0.clone(), d.c_0.clone()], inputs, reverse=d.reverse
     )
     parts = parts if steps is None else [steps.pack(part) for part in parts]

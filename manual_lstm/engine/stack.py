@@ -26,11 +26,13 @@ class CallOptions(NamedTuple):
 
     Attributes:
         cells: for each direction what prepares a cell of the user's; ``None`` for nn.LSTM's cell.
+        as_scan: whether these may be compiled as torch's scan.
         keep: whether to return the steps.
         opacus: the call on which Opacus' gradients are recorded, or ``None``.
     """
 
     cells: Sequence[Prepare] | None = None
+    as_scan: bool = True
     keep: bool = False
     opacus: OpacusCall | None = None
 
@@ -76,6 +78,7 @@ def run_stack(
         c_0,
         weights,
         changed=options.cells is not None,
+        as_scan=options.as_scan,
         keep=options.keep,
         opacus=options.opacus is not None,
     )

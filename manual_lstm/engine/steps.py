@@ -32,6 +32,15 @@ T = TypeVar("T")
 States = Sequence[Tensor] | Mapping[int, Tensor]
 
 
+def step_index(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """The index of the step that each row of x belongs to, ``[T, B]`` or packed ``[N]``, int64."""
+    T = (x if batch_sizes is None else batch_sizes).size(0)
+    index = torch.arange(T, device=x.device)
+    if batch_sizes is None:
+        return index.unsqueeze(1).expand(T, x.size(1))
+    return index.repeat_interleave(batch_sizes.to(x.device), output_size=x.size(0))
+
+
 def steps_of(d: Direction) -> "Steps":
     """The steps of a direction, for a loop that takes them one by one."""
     if d.batch_sizes is not None and is_compiling():
@@ -118,8 +127,12 @@ class PaddedSteps(Steps):
         self._place = step * B + row - starts[step]  # [N]
 
     def pad(self, data: Tensor) -> Tensor:
-        """``[N, features]`` to ``[T, B, features]``, with zeros where a sequence has no step."""
-        return torch.where(self.present, data[self._row], data.new_zeros(()))
+        """``[N, ...]`` to ``[T, B, ...]``. A sequence that has no step gets a row of another one.
+
+        Zeros in their place would be input that a cell may not take: 1 / 0 or log 0, whose gradient is
+        nan however it is masked later.
+        """
+        return data[self._row]
 
     def pack(self, padded: Tensor) -> Tensor:
         """``[T, B, features]`` to ``[N, features]``."""
