@@ -1,5 +1,6 @@
 """The LSTM you can open: a drop-in replacement for torch.nn.LSTM, written as a gate loop."""
 
+from manual_lstm import cells
 from manual_lstm.cell import Step, gates, output_step
 from manual_lstm.engine.context import plain_loop
 from manual_lstm.engine.custom import CellWeights
@@ -17,6 +18,7 @@ __all__ = [
     "find_lstm",
     "SwapCandidate",
     "Unrolled",
+    "cells",
     "Step",
     "CellWeights",
     "gates",

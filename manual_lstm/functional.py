@@ -1,5 +1,8 @@
 """The notebook's function: one batch-first layer, its weights given one by one."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from manual_lstm.engine.stack import run_stack
@@ -27,6 +30,7 @@ def lstm_forward(
         output, ``[B, T, H]``, and (h_n, c_n), each ``[1, B, H]`` as nn.LSTM returns them.
 
     Raises:
+        TypeError: initial_states that are no pair of tensors.
         ValueError: a tensor whose shape does not fit the others'.
 
     Example:
@@ -36,6 +40,12 @@ def lstm_forward(
         >>> output.shape, h_n.shape
         (torch.Size([100, 1, 32]), torch.Size([1, 100, 32]))
     """
+    pair = isinstance(initial_states, Sequence) and len(initial_states) == 2
+    if not pair or not all(isinstance(state, Tensor) for state in initial_states):
+        raise TypeError(
+            "initial_states should be the pair (h_0, c_0) of tensors [B, H], but got "
+            f"{_described(initial_states)}; for zeros, pass input.new_zeros(B, H) twice"
+        )
     h_0, c_0 = initial_states
     if input.dim() != 3 or w_hh.dim() != 2:
         raise ValueError(
@@ -64,3 +74,11 @@ def lstm_forward(
     answer = run_stack(x, None, h_0.unsqueeze(0), c_0.unsqueeze(0), [weights], D=1)
     # Contiguous like the notebook's, whose readers call .view on it.
     return answer.output.transpose(0, 1).contiguous(), (answer.h_n, answer.c_n)
+
+
+def _described(states: Any) -> str:
+    if isinstance(states, Tensor):
+        return f"one tensor of shape {list(states.shape)}"
+    if isinstance(states, Sequence) and not isinstance(states, str):
+        return f"({', '.join(type(state).__name__ for state in states)})"
+    return repr(states)

@@ -4,6 +4,7 @@ A call goes through the door (``inputs.py``), the stack of layers and directions
 and out by the door again.
 """
 
+import inspect
 import math
 import numbers
 import warnings
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from manual_lstm.cell import Step, lstm_cell
+from manual_lstm.engine.constructor import set_by_init
 from manual_lstm.engine.context import is_compiling, is_tracing
 from manual_lstm.engine.convert import install_state, manual_state, official_state, why_not
 from manual_lstm.engine.custom import CellWeights, of_each_step, prepare_custom
@@ -176,8 +178,9 @@ class ManualLSTM(nn.Module):
         a model, see :func:`manual_lstm.replace_lstm`.
 
         Args:
-            lstm (nn.LSTM): the layer to take over. In a subclass of ManualLSTM, ``__init__`` is
-                not run; a cell's own parameters (:meth:`cell_parameters`) get their initial values.
+            lstm (nn.LSTM): the layer to take over. In a subclass of ManualLSTM, ``__init__`` is not
+                run, and a warning names what it sets and the class has no default for; a cell's own
+                parameters (:meth:`cell_parameters`) get their initial values.
 
         Raises:
             TypeError: ``lstm`` is something else, or more: of a subclass, parametrized, quantized,
@@ -192,14 +195,33 @@ class ManualLSTM(nn.Module):
         reason = why_not(lstm, nn.LSTM)
         if reason:
             raise TypeError(f"lstm should be an nn.LSTM and nothing more, but {reason}")
-        layer = cls.__new__(cls)
-        install_state(layer, cls._state_from(lstm), lstm)
+        layer, state = cls.__new__(cls), cls._state_from(lstm)
+        missing = cls._missing_after_swap(state)
+        if missing:
+            warnings.warn(missing, stacklevel=2)
+        install_state(layer, state, lstm)
         return layer
 
     @classmethod
-    def _state_from(cls, lstm: nn.LSTM) -> dict[str, Any]:
-        """The ``__dict__`` that makes a layer of this class of ``lstm``."""
-        state = manual_state(lstm)
+    def _missing_after_swap(cls, state: dict[str, Any]) -> str | None:
+        """What a layer with this ``__dict__`` lacks because ``__init__`` has not run, in words."""
+        there = {*state, *(name for part in _PARTS for name in state[part])}
+        names = [
+            name
+            for name in set_by_init(cls, ManualLSTM)
+            if name not in there and inspect.getattr_static(cls, name, None) is None
+        ]
+        if not names:
+            return None
+        return (
+            f"a swap to {cls.__qualname__} does not run its __init__, so the layers lack "
+            f"{', '.join(names)}: set them afterwards, or give the class defaults for them"
+        )
+
+    @classmethod
+    def _state_from(cls, lstm: Any) -> dict[str, Any]:
+        """The ``__dict__`` that makes a layer of this class of ``lstm``, which may be a ManualLSTM."""
+        state = dict(vars(lstm)) if isinstance(lstm, ManualLSTM) else manual_state(lstm)
         layer = cls.__new__(cls)
         object.__setattr__(layer, "__dict__", state)
         own_names, parameters = layer._own_parameters()
@@ -643,6 +665,7 @@ class ManualLSTM(nn.Module):
 # A subclass that overrides one of these, or an object that replaces one, has a changed cell.
 _CELL, _PROJECT = ManualLSTM.cell, ManualLSTM.project
 _PER_SEQUENCE, _PER_STEP = ManualLSTM.per_sequence, ManualLSTM.per_step
+_PARTS = ("_parameters", "_buffers", "_modules")  # where a module keeps what has names of its own
 _OVERRIDABLE = frozenset(("cell", "project", "per_sequence", "per_step"))
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
 

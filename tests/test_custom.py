@@ -22,23 +22,13 @@ from tests.helpers.equations import Made, gradients, parts, run_case, split
 from tests.helpers.grids import quick_sample
 from tests.helpers.layers import DEEP, randn
 from tests.helpers.loops import runs_fused
-from tests.helpers.recipes import EQUATIONS, RECIPES, TEXTS
+from tests.helpers.recipes import EQUATIONS, RECIPES
 from tests.helpers.search import share
 
 RANDOM = ["ZoneoutLSTM", "VariationalLSTM"]
 
 
 # The equations
-
-
-def test_the_readme_has_the_six_in_ten_lines_each() -> None:
-    assert list(RECIPES) == list(EQUATIONS)
-    head, *cells = TEXTS
-    assert "import" in head
-    assert len(cells) == 6
-    for text in cells:
-        code = [line for line in text.splitlines() if line and not line.startswith("#")]
-        assert len(code) <= 10, text
 
 
 @every_recipe
@@ -155,12 +145,12 @@ def test_in_training_zoneout_keeps_some_units_and_renews_the_others() -> None:
 
 def test_the_probability_of_one_layer() -> None:
     layer: Any = make_recipe("ZoneoutLSTM", training=True)
-    layer.zone_c = layer.zone_h = 1.0
+    layer.zoneout_c = layer.zoneout_h = 1.0
     hx = randn(1, 2, 4), randn(1, 2, 4)
     for training in (True, False):
         _, states = layer.train(training)(randn(5, 2, 3), hx)
         torch.testing.assert_close(states, hx, rtol=0, atol=0)
-    layer.zone_c = layer.zone_h = 0.0
+    layer.zoneout_c = layer.zoneout_h = 0.0
     plain = ManualLSTM(3, 4, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())
     x = randn(5, 2, 3)
@@ -173,20 +163,21 @@ def test_one_mask_for_each_sequence_layer_and_direction() -> None:
     draw = type(layer).per_sequence
 
     def recording(self: ManualLSTM, h_0: Tensor, c_0: Tensor) -> dict[str, Tensor]:
-        drawn.append(draw(self, h_0, c_0)["mask"])
-        return {"mask": drawn[-1]}
+        masks = draw(self, h_0, c_0)
+        drawn.append(masks["hidden_mask"])
+        return masks
 
     with mock.patch.object(type(layer), "per_sequence", recording):
         layer(randn(5, 500, 3))
     masks = torch.stack(drawn)
     assert masks.shape == (4, 500, 4)
-    assert set(masks.flatten().tolist()) == {0.0, 1 / 0.7}
-    assert (masks == 0).double().mean().item() == pytest.approx(0.3, abs=0.026)  # five deviations
+    assert set(masks.flatten().tolist()) == {0.0, 1 / 0.75}
+    assert (masks == 0).double().mean().item() == pytest.approx(0.25, abs=0.025)  # five deviations
     zeros = (masks == 0).double()
     for k in range(4):  # drawn anew for each
         for other in range(k):
             both = (zeros[k] * zeros[other]).mean().item()
-            assert both == pytest.approx(0.09, abs=0.033)
+            assert both == pytest.approx(0.0625, abs=0.028)
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -46,7 +46,7 @@ def test_where_it_begins_as_nn_lstm(name: str, options: dict[str, Any]) -> None:
     reference = nn.LSTM(3, 4, dtype=torch.float64, **options)
     layer: Any = RECIPES[name].from_lstm(reference)
     if name == "ZoneoutLSTM":
-        layer.zone_c = layer.zone_h = 0.0
+        layer.zoneout_c = layer.zoneout_h = 0.0
     layer.eval()
     for x in (randn(5, 2, 3), pack_sequence([randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)):
         torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=1e-14)

@@ -82,3 +82,18 @@ def test_the_notebooks_function() -> None:
         arguments[position] = tensor
         with pytest.raises(ValueError, match="should be"):
             lstm_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("states", "got"),
+    [
+        (None, "None"),
+        (torch.zeros(2, 4), r"one tensor of shape \[2, 4\]"),
+        ((torch.zeros(2, 4), None), r"\(Tensor, NoneType\)"),
+        ((torch.zeros(2, 4),), r"\(Tensor\)"),
+    ],
+)
+def test_states_that_are_no_pair(states: Any, got: str) -> None:
+    layer = nn.LSTM(3, 4, batch_first=True)
+    with pytest.raises(TypeError, match=f"initial_states should be the pair .* got {got}"):
+        lstm_forward(torch.randn(2, 5, 3), states, *layer.parameters())

@@ -41,7 +41,9 @@ LAYER = (
     "unrolled.request",
     "inputs",
     "engine.convert",
+    "engine.constructor",
     "module",
+    "cells",
     "functional",
 )
 

@@ -63,8 +63,9 @@ def replace_lstm(
             names, each of which is a path or the last parts of one, or one string, which is a
             regular expression for the whole path. With ``filter_fn``, both must choose the layer.
         layer_class (type, optional): the class that the layers get, ManualLSTM or a subclass of it
-            with its own cell. Its ``__init__`` does not run. The cell's own parameters are added with
-            their initial values.
+            with its own cell. Its ``__init__`` does not run: attributes have the class's defaults, and
+            a warning names those that have none. The cell's own parameters are added with their
+            initial values. A subclass also replaces layers that are exactly ManualLSTM.
 
     Returns:
         The model: the same object.
@@ -88,7 +89,10 @@ def replace_lstm(
     if not (isinstance(layer_class, type) and issubclass(layer_class, ManualLSTM)):
         raise TypeError(f"layer_class should be ManualLSTM or a subclass, but got {layer_class!r}")
     candidates = _choose(model, nn.LSTM, filter_fn, target_modules)
-    _swap(candidates, layer_class, layer_class._state_from)
+    if layer_class is not ManualLSTM:  # layers that are swapped already, to the class without a cell
+        plain = _choose(model, ManualLSTM, filter_fn, target_modules)
+        candidates += [c for c in plain if type(c.module) is ManualLSTM]
+    _swap(candidates, layer_class, layer_class._state_from, layer_class._missing_after_swap)
     return model
 
 
@@ -137,14 +141,18 @@ def _swap(
     candidates: list[SwapCandidate],
     cls: type[nn.Module],
     make_state: Callable[[Any], dict[str, Any]],
+    missing: Callable[[dict[str, Any]], str | None] = lambda state: None,
 ) -> None:
     """Give all candidates without a reason the new class, or none of them.
 
     ``make_state`` makes the new ``__dict__`` of a layer from the old one. ``__init__`` does not run, so
-    an attribute that only ``__init__`` sets is missing after the swap.
+    an attribute that only ``__init__`` sets is missing after the swap: ``missing`` says so.
     """
     # All states are made, and all warnings given, before the first layer changes: both may raise.
     swaps = [(c.module, make_state(c.module)) for c in candidates if c.reason is None]
+    for text in dict.fromkeys(missing(state) for _, state in swaps):
+        if text:
+            warnings.warn(text, stacklevel=3)
     for candidate in candidates:
         if candidate.reason:
             warnings.warn(str(candidate), stacklevel=3)

@@ -1,4 +1,4 @@
-"""Layers with a changed cell, made from the README's recipes."""
+"""Layers with a changed cell, of manual_lstm.cells."""
 
 from typing import Any
 

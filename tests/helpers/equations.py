@@ -125,8 +125,8 @@ def zoneout(x: Tensor, h: Tensor, c: Tensor, p: Weights) -> Made:
 
 
 def variational(x: Tensor, h: Tensor, c: Tensor, p: Weights) -> Made:
-    """Gal & Ghahramani 2016: one mask for all gates and all steps of the sequence."""
-    return lstm(x, h * p.drawn["mask"], c, p)
+    """Gal & Ghahramani 2016: one mask of x and one of h, for all gates and steps of the sequence."""
+    return lstm(x * p.drawn["input_mask"][: len(x)], h * p.drawn["hidden_mask"], c, p)
 
 
 def hard_sigmoid(x: Tensor, h: Tensor, c: Tensor, p: Weights) -> Made:
