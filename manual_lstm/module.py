@@ -107,7 +107,7 @@ class ManualLSTM(nn.Module):
     # Whether torch.compile and torch.export make torch's scan of the loop of a changed cell: one step,
     # whose compile time does not grow with the length. A class whose cell scan does not take (it writes
     # to a buffer, for one) sets this to False: its steps are then unrolled, for the example's length.
-    compile_as_scan: bool = True
+    compile_as_scan = True
 
     # The cell's own parameters of each direction: their names in w, and the names of the parameters.
     _own_names: Sequence[dict[str, str]] = ()

@@ -131,7 +131,7 @@ def test_each_form_is_what_runs(form: str, runs: dict[str, Any]) -> None:
 
 def test_no_other_file_of_the_layer_has_equations() -> None:
     for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "engine").glob("*.py")]:
-        if path.name == "cell.py":
+        if path.name in ("cell.py", "cells.py"):  # cells.py has other LSTMs
             continue
         names = {
             node.attr if isinstance(node, ast.Attribute) else node.id
