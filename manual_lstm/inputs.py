@@ -164,11 +164,12 @@ class Inputs(ABC):
     def _zero_states(self, layer: Layer, x: Tensor) -> None:
         """Make initial states of zeros for x in the caller's layout."""
         layer.check_input(x, self.batch_sizes)
-        self.h_0 = x.new_zeros(layer.get_expected_hidden_size(x, self.batch_sizes))
+        expected_h = layer.get_expected_hidden_size(x, self.batch_sizes)
+        expected_c = layer.get_expected_cell_size(x, self.batch_sizes)
+        self.h_0 = x.new_zeros(expected_h)
         self.c_0 = self.h_0  # safe to share: never written to
-        *_, features = layer.get_expected_cell_size(x, self.batch_sizes)
-        if features != self.h_0.size(2):
-            self.c_0 = x.new_zeros(*self.h_0.shape[:2], features)
+        if expected_c[2] != expected_h[2]:
+            self.c_0 = x.new_zeros(*self.h_0.shape[:2], expected_c[2])
 
 
 class Dense(Inputs):
