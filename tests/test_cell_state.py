@@ -331,7 +331,11 @@ class _OfPacked(nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("sLSTM", SMALL), *(pytest.param(name, LARGE, marks=pytest.mark.slow) for name in CELLS)],
+    [
+        pytest.param(name, options, marks=pytest.mark.slow)
+        for name in CELLS
+        for options in (SMALL, LARGE)
+    ],
 )
 def test_exported_with_other_sizes(name: str, options: dict[str, Any]) -> None:
     torch.compiler.reset()

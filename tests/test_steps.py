@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from manual_lstm import ManualLSTM, Unrolled, plain_loop
 from manual_lstm.cell import Step
 from manual_lstm.testing.cases import Case, cases
 from tests.helpers.equations import split
+from tests.helpers.grids import quick_sample
 from tests.helpers.layers import DEEP, FIELDS, fields, make_layer, randn
 
 exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -244,8 +245,13 @@ COPIES: dict[str, Callable[[ManualLSTM, Tensor], Unrolled]] = {
 }
 
 
-@pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "batch_first"),
+    quick_sample(
+        product(COPIES, [False, True]),
+        [*product(["tree_map", "vmap", "grad", "pickle", "copy"], [False, True]), ("export", True)],
+    ),
+)
 def test_a_copy_keeps_the_layout_and_says_why_it_has_no_steps(kind: str, batch_first: bool) -> None:
     torch.compiler.reset()
     layer, x = make_layer(batch_first=batch_first), randn(2, 2, 3)  # T is B

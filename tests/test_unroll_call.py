@@ -266,7 +266,7 @@ def test_what_unroll_cannot_see_it_says() -> None:
         layer.unroll(x)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hooks_in_a_compiled_function(fullgraph: bool) -> None:
     torch.compiler.reset()
     layer, x = make_layer(), randn(5, 2, 3)
