@@ -42,7 +42,7 @@ def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -
     assert scan_operator is not None
     inputs = [x, *of_steps]  # [T, B, ...]
     if steps is not None:
-        inputs = [*map(steps.pad, inputs), steps.present]
+        inputs = [*map(steps.fill, inputs), steps.present]
     # Where the operator does not take a cell, torch's error shows the next line.
     (h_n, c_n), parts = scan_operator(  # no such cell: set compile_as_scan = False in its class
         take_step, [d.h_0.clone(), d.c_0.clone()], inputs, reverse=d.reverse

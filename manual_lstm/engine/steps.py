@@ -126,7 +126,7 @@ class PaddedSteps(Steps):
         step = torch.searchsorted(ends, row, right=True)  # [N]
         self._place = step * B + row - starts[step]  # [N]
 
-    def pad(self, data: Tensor) -> Tensor:
+    def fill(self, data: Tensor) -> Tensor:
         """``[N, ...]`` to ``[T, B, ...]``. A sequence that has no step gets a row of another one.
 
         Zeros in their place would be input that a cell may not take: 1 / 0 or log 0, whose gradient is
@@ -134,13 +134,17 @@ class PaddedSteps(Steps):
         """
         return data[self._row]
 
+    def pad(self, data: Tensor) -> Tensor:
+        """``[N, features]`` to ``[T, B, features]``, with zeros where a sequence has no step."""
+        return torch.where(self.present, self.fill(data), data.new_zeros(()))
+
     def pack(self, padded: Tensor) -> Tensor:
         """``[T, B, features]`` to ``[N, features]``."""
         return padded.flatten(0, 1)[self._place]
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
-        """As :meth:`Steps.split`, padded: T times ``[B, features]``."""
-        return self.pad(x).unbind(0)
+        """As :meth:`Steps.split`, filled up: T times ``[B, features]``."""
+        return self.fill(x).unbind(0)
 
     def under_way(self, t: int, state: Tensor) -> Tensor:
         """As :meth:`Steps.under_way`: here every step works on all rows."""
