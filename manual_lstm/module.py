@@ -624,6 +624,7 @@ class ManualLSTM(nn.Module):
             return cast(int, batch_sizes[0])  # int() would freeze it
         if is_compiling():
             (B,) = batch_sizes[:1].tolist()  # whether it is empty is not known while compiling
+            torch._check(B >= 1)  # type: ignore[no-untyped-call]  # some operations ask
             return cast(int, B)
         return batch_sizes.tolist()[0] if batch_sizes.numel() else 0
 

@@ -31,6 +31,8 @@ def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -
         if steps is None:  # AOTInductor sizes its results by what the step takes: B has to be there
             h = h.expand(B, -1)
         x_t, *rows = inputs
+        if steps is not None:  # B is not known while compiling, and some operations ask
+            torch._check(x_t.size(0) >= 1)  # type: ignore[no-untyped-call]
         present = None if steps is None else rows.pop()  # [B, 1]
         step = cell(x_t, h, c, d.weight_hh, d.weight_hr, *rows)
         h_t, c_t = step.h, step.c
