@@ -98,59 +98,53 @@ def output_step(
 
 def lstm_cell_out(
     c: Tensor,
-    weight_hr: Tensor | None,
-    h_out: Tensor,
-    a: Tensor,
-    a_g: Tensor,
-    tanh_c: Tensor,
-    ifgo: Tensor,
+    weight_hr_t: Tensor | None,
+    a_ifo: Tensor,
     i: Tensor,
     f: Tensor,
     g: Tensor,
     o: Tensor,
     c_out: Tensor,
-) -> Tensor:
+    h_out: Tensor,
+) -> None:
     """Take the same step as :func:`lstm_cell`, into buffers.
 
     Args:
         c: the cell state before this step, ``[b, H]``. It may be ``c_out``.
-        weight_hr: ``[P, H]``, or ``None`` without a projection.
-        h_out: receives the hidden state after this step, ``[b, P or H]``.
-        a: the pre-activations of the gates, ``[4, b, H]``.
-        a_g: its part for the cell gate, ``[b, H]``.
-        tanh_c: receives tanh of the cell state after this step, ``[b, H]``.
-        ifgo: receives the four gates, ``[4, b, H]``.
-        i, f, g, o: the views of ``ifgo``, ``[b, H]`` each.
+        weight_hr_t: weight_hr, transposed, ``[H, P]``, or ``None`` without a projection.
+        a_ifo: the pre-activations of the gates i, f and o, ``[3, b, H]``. Becomes these gates.
+        i, f, o: its views, ``[b, H]`` each.
+        g: the pre-activation of the cell gate, ``[b, H]``. Becomes it.
         c_out: receives the cell state after this step, ``[b, H]``.
-
-    Returns:
-        ``c_out``.
+        h_out: receives the hidden state after this step, ``[b, P or H]``.
     """
-    torch.sigmoid(a, out=ifgo)  # one call for all four is faster than two; the next line rewrites g
-    torch.tanh(a_g, out=g)
-    torch.mul(f, c, out=c_out).addcmul_(i, g)
-    torch.tanh(c_out, out=tanh_c)
-    if weight_hr is None:
-        torch.mul(o, tanh_c, out=h_out)
+    a_ifo.sigmoid_()
+    g.tanh_()
+    if c is c_out:
+        c.mul_(f)
     else:
-        torch.mm(o * tanh_c, weight_hr.t(), out=h_out)
-    return c_out
+        torch.mul(f, c, out=c_out)
+    c_out.addcmul_(i, g)
+    if weight_hr_t is None:
+        torch.tanh(c_out, out=h_out).mul_(o)
+    else:
+        torch.mm(torch.tanh(c_out).mul_(o), weight_hr_t, out=h_out)
 
 
 def output_again(o: Tensor, c: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Compute tanh(c), m and h once more, for a backward that has kept only o and c.
 
     Args:
-        o: output gates, ``[n, H]``.
-        c: cell states after their steps, ``[n, H]``.
+        o: output gates, ``[..., H]``.
+        c: cell states after their steps, ``[..., H]``.
         weight_hr: ``[P, H]``, or ``None`` without a projection.
 
     Returns:
-        tanh(c) and m, ``[n, H]``, and h, ``[n, P or H]``.
+        tanh(c) and m, ``[..., H]``, and h, ``[..., P or H]``.
     """
     tanh_c = torch.tanh(c)
     m = o * tanh_c
-    return tanh_c, m, m if weight_hr is None else torch.mm(m, weight_hr.t())
+    return tanh_c, m, m if weight_hr is None else torch.matmul(m, weight_hr.t())
 
 
 def lstm_cell_derivatives(
@@ -178,13 +172,13 @@ def lstm_cell_derivatives(
     numbers every factor is conjugated.
 
     Args:
-        i, f, g, o: the gates, ``[n, H]`` each.
-        c_before: the cell states before the steps, ``[n, H]``.
-        tanh_c: tanh of the cell states after the steps, ``[n, H]``.
-        da: receives the first four, ``[n, 4H]``.
-        dm_to_dc: receives the last, ``[n, H]``.
+        i, f, g, o: the gates, ``[..., H]`` each.
+        c_before: the cell states before the steps, ``[..., H]``.
+        tanh_c: tanh of the cell states after the steps, ``[..., H]``.
+        da: receives the first four, ``[..., 4H]``.
+        dm_to_dc: receives the last, ``[..., H]``.
     """
-    da_i, da_f, da_g, da_o = da.chunk(4, 1)  # four times [n, H]
+    da_i, da_f, da_g, da_o = da.chunk(4, -1)  # four times [..., H]
     # sigmoid_backward(d, y) is d y (1 - y), tanh_backward(d, y) is d (1 - y * y), both conjugate y.
     torch.ops.aten.sigmoid_backward.grad_input(g.conj(), i, grad_input=da_i)
     torch.ops.aten.sigmoid_backward.grad_input(c_before.conj(), f, grad_input=da_f)
@@ -196,6 +190,7 @@ def lstm_cell_derivatives(
 def lstm_cell_backward(
     d_h: Tensor,
     d_c: Tensor,
+    d_c_wide: Tensor,
     weight_hr_conj: Tensor | None,
     da_ifg: Tensor,
     da_o: Tensor,
@@ -216,6 +211,7 @@ def lstm_cell_backward(
     Args:
         d_h: the gradient of h, ``[b, P or H]``.
         d_c: the gradient of c from the step after this one, ``[b, H]``. Becomes that of the c before.
+        d_c_wide: a view of it, ``[b, 1, H]``.
         weight_hr_conj: weight_hr, conjugated, ``[P, H]``, or ``None`` without a projection.
         da_ifg: factors by :func:`lstm_cell_derivatives`, ``[b, 3, H]``. Becomes a's gradient.
         da_o: the same for the output gate, ``[b, H]``.
@@ -224,6 +220,6 @@ def lstm_cell_backward(
     """
     d_m = d_h if weight_hr_conj is None else d_h @ weight_hr_conj  # [b, H]
     d_c.addcmul_(d_m, dm_to_dc)
-    da_ifg.mul_(d_c.unsqueeze(1))
+    da_ifg.mul_(d_c_wide)
     da_o.mul_(d_m)
     d_c.mul_(f_conj)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import forward_and_backward, twins
-from manual_lstm.engine import fused, steps
+from manual_lstm.engine import backward, forward, fused
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import assert_close, run_case
 from tests.helpers.loops import (
@@ -32,13 +32,13 @@ from tests.helpers.loops import (
 @given(
     direction_args=drawn_arguments(dtypes=(torch.float64, torch.complex128)),
     wanted=st.lists(st.booleans(), min_size=3, max_size=3).filter(any),
-    rows=st.sampled_from([1, 3, 10, 512]),
+    most=st.sampled_from([1, 2, 3, 64]),
 )
 def test_the_operator_equals_the_plain_loop(
-    direction_args: Arguments, wanted: list[bool], rows: int
+    direction_args: Arguments, wanted: list[bool], most: int
 ) -> None:
     expected = run_direction(plain_direction, direction_args, wanted)
-    with patched(steps, BLOCK_ROWS=rows):
+    with patched(forward, _BLOCK_STEPS=most), patched(backward, _BLOCK_STEPS=most):
         actual = run_direction(fused_direction, direction_args, wanted)
         with torch.no_grad():
             unsaved = fused_direction(*direction_args)
@@ -58,11 +58,12 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-@pytest.mark.parametrize("rows", [2, 512])
+@pytest.mark.parametrize("most", [1, 64])
 def test_gradcheck_and_gradgradcheck(
-    configuration: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+    configuration: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(forward, "_BLOCK_STEPS", most)
+    monkeypatch.setattr(backward, "_BLOCK_STEPS", most)
     direction_args = arguments(**configuration, I=2, H=3)
     assert torch.autograd.gradcheck(fused_direction, direction_args, fast_mode=True)
     assert torch.autograd.gradgradcheck(fused_direction, direction_args, fast_mode=True)
@@ -127,14 +128,14 @@ def test_nothing_is_kept_that_nobody_needs() -> None:
         return tensor
 
     saves: list[bool] = []
-    original = fused.direction
+    original = forward.run_forward
 
-    def spy(*args: Any) -> Any:
-        saves.append(args[-1])
-        return original(*args)
+    def spy(d: Any, save: bool) -> Any:
+        saves.append(save)
+        return original(d, save)
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, patched(fused, direction=spy):
+    with hooks, patched(fused, run_forward=spy):
         with torch.no_grad():
             layer(x)
         assert not kept
@@ -153,13 +154,13 @@ def test_no_gradient_is_computed_that_nobody_needs(
     direction_args = arguments([3, 3, 2], packed=True, P=2)
     direction_args[DIFFERENTIABLE[frozen]].requires_grad_(False)
     seen: list[Any] = []
-    original = fused.direction_backward
+    original = backward.run_backward
 
     def spy(*args: Any) -> Any:
-        seen.append((args[-2], original(*args)))
+        seen.append((list(args[-2]), original(*args)))
         return seen[-1][1]
 
-    monkeypatch.setattr(fused, "direction_backward", spy)
+    monkeypatch.setattr(fused, "run_backward", spy)
     fused_direction(*direction_args)[0].sum().backward()  # type: ignore[no-untyped-call]
     ((needs, gradients),) = seen
     assert needs == [k != frozen for k in range(7)]

@@ -62,17 +62,18 @@ def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest
         return linear(*args)
 
     monkeypatch.setattr(gemm, "_linear", spy)
-    layer, x = ManualLSTM(8, 512), torch.randn(3, 16, 8)
+    monkeypatch.setattr(gemm, "_FEWEST_FOR_ONEDNN", 512 * 512 * 4 * 16)
+    layer, x = ManualLSTM(8, 512), torch.randn(9, 16, 8)
     with torch.no_grad():
         with_onednn = layer(x)
-        assert len(calls) == 4  # the input of all steps, and three steps
+        assert len(calls) == 9  # the recurrent product of every step
         with torch.backends.mkldnn.flags(enabled=False):
             without = layer(x)
         copy.deepcopy(layer).double()(x.double())  # which oneDNN does not know
-        assert len(calls) == 4
+        assert len(calls) == 9
         monkeypatch.setattr(gemm, "_linear_add", None)  # a torch that has lost the operator
         fallback = layer(x)
-    assert len(calls) == 4
+    assert len(calls) == 9
     torch.testing.assert_close(with_onednn, without)
     assert torch.equal(without[0], fallback[0])
 

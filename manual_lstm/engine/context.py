@@ -7,7 +7,7 @@ answer is the cautious one.
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,18 @@ except ImportError:
     pass
 else:
     _KINDS.append({FakeTensor})
+
+# Switches off what autograd does at every operation, for code that it does not watch.
+below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
+# How many TorchDispatchModes see each operation.
+_count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+# Whether it is a batch of gradients, of torch.autograd.grad with is_grads_batched.
+_is_legacy_batched: Callable[[Tensor], bool] | None = getattr(
+    _functorch, "is_legacy_batchedtensor", None
+)
+_NO_BLOCK = nullcontext()
 
 _thread = threading.local()
 # Set here, so that compiled code of this thread need not guard on a missing attribute. Calls read only
@@ -173,6 +185,32 @@ def are_of_one_kind(tensors: Iterable[Tensor]) -> bool:
     """Whether an operator takes these tensors together."""
     kinds = {type(tensor) for tensor in tensors}
     return any(kinds <= kind for kind in _KINDS)
+
+
+def nobody_watches(*tensors: Tensor | None) -> bool:
+    """Whether no compiler, no mode, no vmap, and no subclass of Tensor would see an operator."""
+    return (
+        _count_modes is not None
+        and _is_legacy_batched is not None
+        and not is_compiling()
+        and _count_modes() == 0
+        and all(
+            tensor is None
+            or (
+                type(tensor) in _KINDS[0]
+                and tensor.device.type != "meta"
+                and not _is_legacy_batched(tensor)
+            )
+            for tensor in tensors
+        )
+    )
+
+
+def profiled(name: str) -> AbstractContextManager[Any]:
+    """Show a block to torch's profiler under a name, where it is at work."""
+    if getattr(torch.autograd.profiler, "_is_profiler_enabled", True):
+        return torch.autograd.profiler.record_function(name)
+    return _NO_BLOCK
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -1,18 +1,19 @@
-"""The fastest matrix products that torch has on CPU.
+"""The fastest matrix products that torch has on CPU, and sums over rows that round off little.
 
-nn.LSTM multiplies with oneDNN, torch.addmm with MKL. For large float32 products oneDNN is faster, and
-faster again if it may lay out a weight once for many of them. torch has private operators for both,
-which Inductor uses and which have existed since 2.0. They are looked up here. Where they are missing,
-or oneDNN is switched off by torch's own switch::
+The recurrent product takes the same weight at every step. MKL is faster with a weight that is laid out
+``[K, N]`` than with a transposed view of ``[N, K]``, so the loop copies it once. For the largest
+products oneDNN is faster still, if it may pack the weight. torch has private operators for that, which
+Inductor uses and which have existed since 2.0. They are looked up here. Where they are missing, or
+oneDNN is switched off by torch's own switch::
 
     with torch.backends.mkldnn.flags(enabled=False):
         layer(x)
 
-every product is one of public torch. The thresholds were measured on two cores of an AMD EPYC (Zen 4);
-they do not depend on the number of threads.
+every product is one of public torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from manual_lstm.engine.context import (
     is_onednn_enabled,
     is_tracing,
 )
+from manual_lstm.engine.steps import IFOG
 
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
@@ -37,12 +39,14 @@ _linear = find_onednn("_linear_pointwise", "default")
 _linear_add = find_onednn("_linear_pointwise", "binary")
 _pack = find_onednn("_reorder_linear_weight", "default")
 
+# The number of multiplications in a step's product from which oneDNN's is faster.
+_FEWEST_FOR_ONEDNN = 1 << 27
+
 
 def _prefers_onednn(weight: Tensor, rows: int) -> bool:
     """Whether oneDNN is there, may be used, and is the faster for ``[rows, K]`` by ``[K, N]``."""
-    size = weight.numel()
     return (
-        size * rows >= 1 << 23
+        weight.numel() * rows >= _FEWEST_FOR_ONEDNN
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and None not in (_linear, _linear_add, _pack)
@@ -50,85 +54,94 @@ def _prefers_onednn(weight: Tensor, rows: int) -> bool:
     )
 
 
-class GateProducts:
-    """The products of a direction's forward: all steps' input with weight_ih, each h with weight_hh.
+# Adds the product of a widened state with weight_hh to the input's part of the gates, in place.
+AddProduct = Callable[[Tensor, Tensor], Any]
+
+
+def by_gate(weight: Tensor, rows_first: bool = False) -> Tensor:
+    """Lay out a weight ``[4H, K]`` for products whose results have the gates in the order i, f, o, g.
+
+    Returns:
+        ``[4, K, H]``, or with ``rows_first`` ``[K, 4, H]``.
+    """
+    four_H, K = weight.shape
+    H = four_H // 4
+    if K == 1:
+        i_f, g, o = weight.split_with_sizes([2 * H, H, H])
+        return torch.cat([i_f, o, g]).view((K, 4, H) if rows_first else (4, K, H))
+    laid_out = weight.new_empty((K, 4, H) if rows_first else (4, K, H))
+    to = laid_out.transpose(0, 1) if rows_first else laid_out
+    gates = weight.view(4, H, K).transpose(1, 2)  # i, f, g, o
+    for place, gate in IFOG:
+        to[place].copy_(gates[gate])
+    return laid_out
+
+
+def gate_product(weight_hh: Tensor, rows: int, times: int) -> AddProduct:
+    """Return the function ``add(a, h)`` for one weight_hh and many steps.
+
+    It takes the input's part of a step's gates, a contiguous ``[4, b, H]`` in the order i, f, o, g, and
+    the state ``[b, P or H]`` widened to ``[4, b, P or H]``, and adds to ``a`` in place.
 
     One batched product with a gate in each batch is a little faster than one wide product, keeps
-    more threads busy, and leaves every gate's elements side by side, ``[4, b, H]``, which is how
-    the activations are fastest.
+    more threads busy, and leaves every gate's elements side by side, which is how the activations are
+    fastest.
 
     Args:
-        weight_ih: ``[4H, I]``.
         weight_hh: ``[4H, P or H]``.
-        bias: ``[4H]``, or ``None``.
-    """
-
-    def __init__(self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None) -> None:
-        H = weight_hh.size(0) // 4
-        self.weight_ih = weight_ih.view(4, H, weight_ih.size(1)).transpose(1, 2)  # [4, I, H]
-        self.weight_hh = weight_hh.view(4, H, weight_hh.size(1)).transpose(1, 2)  # [4, P or H, H]
-        self.bias = None if bias is None else bias.view(4, 1, H)
-
-    def project(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        """The input's part of the gates for rows ``[n, I]``: a piece for each step."""
-        x = self.widen(x)
-        if self.bias is None:
-            a = torch.bmm(x, self.weight_ih)  # [4, n, H]
-        else:
-            a = torch.baddbmm(self.bias, x, self.weight_ih)
-        return a.split_with_sizes(sizes, 1)
-
-    def widen(self, h: Tensor) -> Tensor:
-        """A view of states ``[n, P or H]``, as :meth:`add` takes them: rows are in dimension 1."""
-        return h.expand(4, *h.shape)
-
-    def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
-        """Add the part of the widened state to a step's piece; writes to ``out``, ``[4, b, H]``."""
-        torch.baddbmm(a, h, self.weight_hh, out=out)
-
-
-class OneDNNGateProducts(GateProducts):
-    """The same with oneDNN, which packs weight_hh once.
-
-    Args:
         rows: how many rows a step has, on average.
         times: the number of steps.
     """
-
-    def __init__(
-        self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, times: int
-    ) -> None:
+    four_H, P = weight_hh.shape
+    if times >= 8 and _prefers_onednn(weight_hh, rows):
         assert _linear is not None
         assert _pack is not None
-        self._linear = _linear
-        self.weight_ih, self.bias = weight_ih, bias
-        self.weight_hh = _pack(weight_hh.contiguous(), rows) if times >= 8 else weight_hh
+        linear, packed = _linear, _pack(weight_hh.contiguous(), rows)
 
-    def project(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        a = self._linear(x, self.weight_ih, self.bias, "none", [], "")  # [n, 4H]
-        return _by_gate(a).split_with_sizes(sizes, 1)
+        def add_onednn(a: Tensor, h: Tensor) -> None:
+            product = linear(h[0], packed, None, "none", [], "").view(a.size(1), 4, -1).transpose(0, 1)
+            for to, part in IFOG:
+                a[to] += product[part]
 
-    def widen(self, h: Tensor) -> Tensor:
-        return h.unsqueeze(0)
+        return add_onednn
+    # On CPU the copy costs about as much as twelve steps of a single row lose without it, or four of
+    # many. Elsewhere it costs little, and each operation of a step much.
+    if weight_hh.device.type != "cpu" or times >= 12 or (times >= 4 and rows >= 8):
+        weight = by_gate(weight_hh)
+        return lambda a, h: a.baddbmm_(h, weight)
+    gates = weight_hh.view(4, four_H // 4, P).transpose(1, 2)  # [4, P or H, H]
 
-    def add(self, a: Tensor, h: Tensor, out: Tensor) -> None:
-        # oneDNN could add a itself. Adding here also puts each gate's elements side by side.
-        torch.add(a, _by_gate(self._linear(h[0], self.weight_hh, None, "none", [], "")), out=out)
+    def add(a: Tensor, h: Tensor) -> None:
+        for to, part in IFOG:
+            a[to].baddbmm_(h[to], gates[part])
+
+    return add
 
 
-def _by_gate(a: Tensor) -> Tensor:
-    """A view of ``[n, 4H]`` as ``[4, n, H]``."""
-    return a.view(a.size(0), 4, a.size(1) // 4).transpose(0, 1)
+def row_product(
+    weight: Tensor, bias: Tensor | None, rows: int, times: int
+) -> Callable[[Tensor], Tensor]:
+    """Return the function ``product(x)``, ``x @ weight.t() + bias``, for one weight and many x.
 
+    It takes rows ``[n, K]``, and returns rows ``[n, N]``. The next call may write over them.
 
-def gate_products(
-    weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rows: int, steps: int
-) -> GateProducts:
-    """The faster of the two for this many rows in this many steps."""
-    average = rows // max(steps, 1)
-    if _prefers_onednn(weight_hh, average):
-        return OneDNNGateProducts(weight_ih, weight_hh, bias, average, steps)
-    return GateProducts(weight_ih, weight_hh, bias)
+    Args:
+        weight: ``[N, K]``.
+        bias: ``[N]``, or ``None``.
+        rows: how many rows x has at most.
+        times: how often it will be called.
+    """
+    if _linear is not None and _prefers_onednn(weight, rows):
+        linear = _linear
+        return lambda x: linear(x, weight, bias, "none", [], "")
+    out = weight.new_empty(rows, weight.size(0))
+    weight_t = weight.t()
+    # Few rows at a time: a large product lays out the weight for itself.
+    if weight.device.type == "cpu" and times > 1 and rows <= 128:
+        weight_t = weight_t.contiguous()
+    if bias is None:
+        return lambda x: torch.mm(x, weight_t, out=out[: x.size(0)])
+    return lambda x: torch.addmm(bias, x, weight_t, out=out[: x.size(0)])
 
 
 _FEW_COLUMNS = 16  # MKL adds up row by row below this many columns
@@ -199,23 +212,29 @@ class OuterSum:
         return self.total[:, : self.N].contiguous()
 
 
-def repeated_product(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function ``add(a, x) = a + x @ weight``, for one weight ``[K, N]`` and many products.
+def state_product(weight_hh: Tensor, rows: int) -> AddProduct:
+    """Return the function ``add(d_h, da)`` for one weight_hh and many steps back in time.
+
+    It adds to the gradient of a state, a contiguous ``[b, P or H]``, in place, what the gradient of
+    the next step's gates, ``[b, 4H]``, passes back.
 
     Args:
-        weight: ``[K, N]``.
-        rows: how many rows x will have at most.
+        weight_hh: ``[4H, P or H]``.
+        rows: how many rows a step has at most.
     """
-    K, N = weight.shape
-    if _linear_add is not None and _prefers_onednn(weight, rows):
+    K, N = weight_hh.shape
+    if _linear_add is not None and _prefers_onednn(weight_hh, rows):
         # Not packed: laying out a transposed weight costs more than it gives.
-        onednn, weight_t = _linear_add, weight.t()
-        return lambda a, x: onednn(x, a, weight_t, None, "add")
+        linear_add, weight_t = _linear_add, weight_hh.t()
+
+        return lambda d_h, da: d_h.copy_(linear_add(da, d_h, weight_t, None, "add"))
     if rows == 1 and N % 2 == 0:
         # MKL gives a single row to a single thread; the two halves of the columns occupy two.
         # A step may also have no row: batch_sizes may end in zeros.
-        halves = weight.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
-        return lambda a, x: torch.baddbmm(
-            a.reshape(2, len(a), N // 2), x.expand(2, len(x), K), halves
-        ).view(len(a), N)
-    return lambda a, x: torch.addmm(a, x, weight)
+        halves = weight_hh.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
+
+        def add(d_h: Tensor, da: Tensor) -> None:
+            d_h.view(2, len(d_h), N // 2).baddbmm_(da.expand(2, len(da), K), halves)
+
+        return add
+    return lambda d_h, da: d_h.addmm_(da, weight_hh)

@@ -19,6 +19,7 @@ from manual_lstm.engine.context import is_grad_enabled
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.fused import direction
 from manual_lstm.engine.sample_gradients import sample_gradients
+from manual_lstm.engine.steps import join_gates
 from manual_lstm.loop import run_plain
 
 
@@ -152,5 +153,5 @@ def _plain_direction(*arguments: Any) -> tuple[Tensor, ...]:
     output, h_n, c_n, all_steps = run_plain(d, keep=True)
     assert all_steps is not None
     steps = all_steps.joined
-    gates = torch.stack([steps.i, steps.f, steps.g, steps.o]).flatten(1, -2)  # [4, N, H]
+    gates = join_gates(d, steps.i, steps.f, steps.g, steps.o)  # [4N, H]
     return output, h_n, c_n, gates, steps.c.flatten(0, -2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from manual_lstm.cell import output_again
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.engine.fused import direction_backward
-from manual_lstm.engine.steps import PaddedSteps
+from manual_lstm.engine.steps import PaddedSteps, split_gates
 
 _ALL_NEEDS = Gradients(*[True] * len(Gradients._fields))
 _STATES_ONLY = _ALL_NEEDS._replace(weight_ih=False, weight_hh=False, bias=False, weight_hr=False)
@@ -33,8 +33,10 @@ def sample_gradients(
     arguments = (*d, gates, cells, *grads, list(_STATES_ONLY), True)
     d_x, d_h, d_c, *_, da, h_before, d_h_rows = direction_backward(*arguments)
     x = d.x.reshape(-1, d.x.size(-1))  # [N, I]
-    _, _, _, o = gates
-    m = None if d.weight_hr is None else output_again(o, cells, None)[1]  # [N, H]
+    m = None
+    if d.weight_hr is not None:
+        *_, o = split_gates(d, gates)
+        m = output_again(o, cells.view(o.shape), None)[1].flatten(0, -2)  # [N, H]
     if v is None:
         v = d.h_0.size(0)
         if d.batch_sizes is not None:  # rows of zeros, so that every step has a row of each sample

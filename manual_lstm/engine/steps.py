@@ -11,7 +11,7 @@ compiled and exported programs, :class:`PaddedSteps`, which keeps waiting rows b
 works on many steps at once and uses :class:`BlockSteps`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -22,14 +22,13 @@ from manual_lstm.cell import Step
 from manual_lstm.engine.context import is_compiling, is_grad_enabled
 from manual_lstm.engine.direction import AllSteps, Direction
 
-# A block of steps has about this many rows: enough for a product to be fast, few enough for its
-# result to stay in the cache. The fused loop projects the input of one block at a time.
-BLOCK_ROWS = 512
+# The fused loop keeps the gates of a step in the order i, f, o, g, so that one sigmoid serves three.
+# Pairs of slices: which of them are which of i, f, g, o.
+IFOG = ((slice(0, 2), slice(0, 2)), (slice(2, 3), slice(3, 4)), (slice(3, 4), slice(2, 3)))
 
 _ROWS_UNKNOWN = "a compiled function does not know how many rows each step of packed input has"
 
 T = TypeVar("T")
-States = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 def step_index(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
@@ -46,6 +45,29 @@ def steps_of(d: Direction) -> "Steps":
     if d.batch_sizes is not None and is_compiling():
         return PaddedSteps(d)
     return Steps(d)
+
+
+def split_gates(d: Direction, gates: Tensor) -> tuple[Tensor, ...]:
+    """The gates i, f, g and o of all steps, ``[T, B, H]`` or packed ``[N, H]`` each.
+
+    Args:
+        d: their direction.
+        gates: as the fused loop lays them out, each step's by itself: ``[4N, H]``.
+    """
+    if d.batch_sizes is None:
+        i, f, o, g = gates.view(d.x.size(0), 4, d.x.size(1), gates.size(1)).unbind(1)
+        return i, f, g, o
+    places = _places_by_step(d.batch_sizes.to(gates.device), d.x.size(0))  # [N, 4]
+    return gates[places.t()].unbind(0)
+
+
+def join_gates(d: Direction, i: Tensor, f: Tensor, g: Tensor, o: Tensor) -> Tensor:
+    """The way back from :func:`split_gates`."""
+    if d.batch_sizes is None:
+        return torch.stack([i, f, o, g], 1).flatten(0, 2)
+    places = _places_by_step(d.batch_sizes.to(i.device), d.x.size(0))  # [N, 4]
+    gates = torch.stack([i, f, g, o], 1)  # [N, 4, H]
+    return torch.zeros_like(gates).flatten(0, 1).index_copy(0, places.flatten(), gates.flatten(0, 1))
 
 
 class Steps:
@@ -169,10 +191,12 @@ class BlockSteps(Steps):
     Attributes:
         sizes: the number of rows of each step.
         starts: the first row of each step in packed data, and last the number of rows, N.
+        dense: whether every step has all rows.
     """
 
     def __init__(self, d: Direction) -> None:
         super().__init__(d)
+        self.dense = self._sizes is None
         self.sizes = [d.x.size(1)] * d.x.size(0) if self._sizes is None else self._sizes
         self.starts = list(accumulate(self.sizes, initial=0))
         rows = self.starts[-1]
@@ -180,19 +204,22 @@ class BlockSteps(Steps):
             raise ValueError(
                 f"data should have {rows} rows, the sum of batch_sizes, but got {d.x.size(0)}"
             )
+        if d.batch_sizes is not None:
+            self._by_step = _places_by_step(d.batch_sizes.to(d.x.device), rows)
 
-    def blocks(self) -> list[range]:
-        """Ranges of neighbouring steps with about ``BLOCK_ROWS`` rows, in the order they are taken."""
+    def blocks(self, most_rows: int, most_steps: int) -> list[range]:
+        """Ranges of neighbouring steps, in the order they are taken.
+
+        Args:
+            most_rows, most_steps: how many a block has at most, or more rows if one step has more.
+        """
         bounds = [0]
         for t in range(1, len(self.sizes)):
-            if self.starts[t + 1] - self.starts[bounds[-1]] > BLOCK_ROWS:
+            begin = bounds[-1]
+            if t - begin == most_steps or self.starts[t + 1] - self.starts[begin] > most_rows:
                 bounds.append(t)
         bounds.append(len(self.sizes))
         return self.in_order(range(a, b) for a, b in pairwise(bounds) if a < b)
-
-    def widened(self, block: range) -> range:
-        """The block and the steps next to it."""
-        return range(max(block.start - 1, 0), min(block.stop + 1, len(self.sizes)))
 
     def rows(self, block: range) -> slice:
         """The rows of the block, in packed data."""
@@ -200,37 +227,110 @@ class BlockSteps(Steps):
 
     def rows_of(self, x: Tensor, block: range) -> Tensor:
         """The block's rows of the input, ``[n, I]``."""
-        if self._sizes is None:
+        if self.dense:
             return x[block.start : block.stop].reshape(-1, x.size(2))
         return x[self.rows(block)]
 
-    def before(self, t: int) -> int | None:
-        """The step that the direction takes before step t; ``None`` if t is the first."""
-        before = t + 1 if self.reverse else t - 1
-        return before if 0 <= before < len(self.sizes) else None
-
-    def previous(self, t: int, states: States, first: Tensor) -> Tensor:
-        """The state before step t: of the step taken before it, and of sequences that begin, ``first``.
+    def lay_by_step(self, a: Tensor, block: range, out: Tensor) -> None:
+        """Write the gates of a block step by step, and those of each step gate by gate.
 
         Args:
-            t: the step.
-            states: the states after each step, by step, ``[b, features]`` each.
+            a: by row, in the order i, f, g, o: ``[n, 4H]``.
+            block: their steps.
+            out: receives them, each step's in the order i, f, o, g: ``[4n, H]``.
+        """
+        n, H = len(a), out.size(1)
+        if self.dense:
+            by_step = out.view(len(block), 4, -1, H)
+            by_row = a.view(len(block), -1, 4, H).transpose(1, 2)  # [T', 4, B, H]
+            for to, part in IFOG:
+                by_step[:, to].copy_(by_row[:, part])
+        else:
+            rows = self.rows(block)
+            out.index_copy_(0, self._by_step[rows].flatten() - 4 * rows.start, a.view(4 * n, H))
+
+    def by_gate(self, gates: Tensor, block: range) -> tuple[Tensor, ...]:
+        """The gates i, f, g and o of a block: ``[T', B, H]`` each, or of packed input ``[n, H]``.
+
+        Args:
+            gates: of all steps, as :meth:`lay_by_step` lays them out, ``[4N, H]``.
+        """
+        rows, H = self.rows(block), gates.size(1)
+        if self.dense:
+            by_step = gates[4 * rows.start : 4 * rows.stop].view(len(block), 4, -1, H)
+            i, f, o, g = by_step.unbind(1)
+            return i, f, g, o
+        return gates[self._by_step[rows].t()].unbind(0)  # a copy
+
+    def before_block(self, block: range) -> range | None:
+        """The one step that the direction takes before a block; ``None`` if the block is the first."""
+        t = block.stop if self.reverse else block.start - 1
+        return range(t, t + 1) if 0 <= t < len(self.sizes) else None
+
+    def resized(self, state: Tensor, b: int, first: Tensor) -> Tensor:
+        """The state before a step of b rows: fewer than after the one before, or more, which begin.
+
+        Args:
+            state: after the step before, ``[..., b', features]``.
+            b: how many rows the step has.
+            first: the initial states, ``[..., B, features]``.
+        """
+        before = state.size(-2)
+        if b < before:
+            return state.narrow(-2, 0, b)
+        return torch.cat([state, first.narrow(-2, before, b - before)], -2)
+
+    def shift(self, states: Tensor, block: range, edge: Tensor, first: Tensor) -> Tensor:
+        """The state before each step of a block, ``[n, features]``.
+
+        Args:
+            states: the states after its steps, ``[n, features]``.
+            block: the block.
+            edge: the state before the block, of the sequences that had a step there.
             first: the initial states, ``[B, features]``.
         """
-        b, before = self.sizes[t], self.before(t)
-        if before is None:
-            return first if first.size(0) == b else first[:b]
-        state, size = states[before], self.sizes[before]
-        if size == b:
-            return state
-        return state[:b] if size > b else torch.cat([state, first[size:b]])
+        if self.dense:
+            n, B = states.size(0), self._B
+            parts = [states[B:], edge] if self.reverse else [edge, states[: n - B]]
+            return torch.cat(parts)
+        of_steps: list[list[Tensor]] = []
+        before = edge
+        by_step = states.split_with_sizes(self.sizes[block.start : block.stop])
+        for t, state in self.in_order(zip(block, by_step)):
+            b = self.sizes[t]
+            of_steps.append([before[:b], first[len(before) : b]])  # and of sequences that begin
+            before = state
+        return torch.cat([part for parts in self.in_order(of_steps) for part in parts])
 
-    def last(self, states: Sequence[Tensor], first: Tensor) -> Tensor:
-        """The final state of each sequence, ``[B, features]``: where it ended, or the initial one."""
+    def last(self, rows: Tensor, first: Tensor) -> Tensor:
+        """The final state of each sequence, ``[B, features]``: where it ended, or the initial one.
+
+        Args:
+            rows: the states after all steps, ``[N, features]``.
+            first: the initial states, ``[B, features]``.
+        """
         parts: list[Tensor] = []
         done = 0  # the number of sequences, the longest first, whose final state is in parts
         for t in range(len(self.sizes)) if self.reverse else range(len(self.sizes) - 1, -1, -1):
             if self.sizes[t] > done:
-                parts.append(states[t][done:])
+                parts.append(rows[self.starts[t] + done : self.starts[t + 1]])
                 done = self.sizes[t]
+            if done == len(first):
+                break
+        if len(parts) == 1 and done == len(first):
+            return parts[0].clone(memory_format=torch.contiguous_format)
         return torch.cat([*parts, first[done:]])  # always a copy
+
+
+def _places_by_step(batch_sizes: Tensor, rows: int) -> Tensor:
+    """Where the fused loop keeps the gates i, f, g, o of packed rows: their rows in ``[4N, H]``.
+
+    Returns:
+        For every row and gate, ``[N, 4]``, int64.
+    """
+    starts = batch_sizes.cumsum(0) - batch_sizes  # [T]
+    b = batch_sizes.repeat_interleave(batch_sizes, output_size=rows)  # of each row's step, [N]
+    start = starts.repeat_interleave(batch_sizes, output_size=rows)
+    row = torch.arange(rows, device=batch_sizes.device)
+    place = torch.tensor([0, 1, 3, 2], device=batch_sizes.device)  # of i, f, g, o among i, f, o, g
+    return (3 * start + row).unsqueeze(1) + b.unsqueeze(1) * place
