@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
+from manual_lstm.check.parity import autocast_fails
 from manual_lstm.report import derivatives, nested, table, tools, training, transforms, weights
 from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 from tests.helpers.loops import plainly
@@ -273,4 +274,5 @@ def test_the_readme_shows_the_tables() -> None:
 def test_nn_lstm_is_what_the_rows_compare_with() -> None:
     """A row that nn.LSTM can do passes for it: the numbers are right, not only ours."""
     for row in (derivatives.ROWS[-2], training.ROWS[0], weights.ROWS[0]):
-        row.run(Setting(nn.LSTM))
+        if row is not training.ROWS[0] or not autocast_fails(torch.bfloat16):
+            row.run(Setting(nn.LSTM))

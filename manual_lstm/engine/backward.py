@@ -78,7 +78,8 @@ def run_backward(
     scratch = (_SmallScratch if small else _Scratch)(d, n)
     weight_hh_conj = d.weight_hh.conj()
     weight_hr_conj = None if d.weight_hr is None else d.weight_hr.conj()
-    add = state_product(weight_hh_conj, B)
+    by_halves = steps.of_one and P % 2 == 0  # MKL gives a single row to a single thread
+    add = state_product(weight_hh_conj, B, by_halves)
     d_c_t, d_c_wide = d_c, d_c.unsqueeze(1)  # [b, H] and [b, 1, H]
     for block in reversed(blocks):
         rows = steps.rows(block)
@@ -103,11 +104,13 @@ def run_backward(
             d_h_block.zero_()
         else:
             d_h_block.copy_(out_rows[rows])
-        da_next = None  # the gradient of a in the step after this one
-        views = scratch.views(steps.sizes[block.start : block.stop], f)
-        for d_h_t, da_t, da_ifg, da_o, dm_to_dc_t, f_t in steps.in_order(views)[::-1]:
-            if da_next is not None and (steps.dense or da_next.size(0) == da_t.size(0)):
-                add(d_h_t, da_next)
+        da_next = da_next_wide = None  # the gradient of a in the step after this one
+        views = scratch.views(steps.sizes[block.start : block.stop], f, by_halves)
+        for d_h_t, da_t, d_h_wide, da_wide, da_ifg, da_o, dm_to_dc_t, f_t in steps.in_order(views)[
+            ::-1
+        ]:
+            if da_next_wide is not None and (steps.dense or da_next_wide.size(-2) == da_t.size(0)):
+                add(d_h_wide, da_next_wide)
             else:
                 if da_next is not None:
                     torch.mm(da_next, weight_hh_conj, out=d_h[: da_next.size(0)])
@@ -116,7 +119,7 @@ def run_backward(
                 d_c_t = d_c[:b]
                 d_c_wide = d_c_t.unsqueeze(1)
             lstm_cell_backward(d_h_t, d_c_t, d_c_wide, weight_hr_conj, da_ifg, da_o, dm_to_dc_t, f_t)
-            da_next = da_t
+            da_next, da_next_wide = da_t, da_wide
         if da_next is not None and (need.h_0 or edge is not None):
             torch.mm(da_next, weight_hh_conj, out=d_h[: da_next.size(0)])
 
@@ -137,6 +140,8 @@ class StepViews(NamedTuple):
 
     d_h: Tensor  # the gradient of the hidden state after it, [b, P or H]
     da: Tensor  # factors, which become the gradient of a, [b, 4H]
+    d_h_wide: Tensor  # d_h as state_product takes it
+    da_wide: Tensor  # da as state_product takes it
     da_ifg: Tensor  # those of i, f and g, [b, 3, H]
     da_o: Tensor  # those of o, [b, H]
     dm_to_dc: Tensor  # the factor from m to c, [b, H]
@@ -155,7 +160,7 @@ class _Scratch:
         new = d.c_0.new_empty
         self.da, self.dm_to_dc, self.d_h = new(n, 4 * H), new(n, H), new(n, P)
 
-    def views(self, sizes: list[int], f: Tensor) -> Sequence[StepViews]:
+    def views(self, sizes: list[int], f: Tensor, by_halves: bool) -> Sequence[StepViews]:
         """The views of the steps of a block.
 
         Args:
@@ -163,7 +168,7 @@ class _Scratch:
             f: the forget gates, ``[T', B, H]`` or ``[n, H]``.
         """
         n = sum(sizes)
-        return step_views(sizes, self.d_h[:n], self.da[:n], self.dm_to_dc[:n], f.conj())
+        return step_views(sizes, self.d_h[:n], self.da[:n], self.dm_to_dc[:n], f.conj(), by_halves)
 
     def end(self) -> None:
         """Leave the last block."""
@@ -183,14 +188,19 @@ class _SmallScratch(_Scratch):
         shapes = (rows, 4 * H), (rows, H), (rows, P), (rows, H)
         return *(torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes), []
 
-    def views(self, sizes: list[int], f: Tensor) -> Sequence[StepViews]:
+    def views(self, sizes: list[int], f: Tensor, by_halves: bool) -> Sequence[StepViews]:
         T, B = len(sizes), sizes[0]
         self._f[: T * B].view(f.shape).copy_(f.conj())
         ready = len(self._views)
         if ready < T:  # calls of few steps do not need more views
             new = slice(ready * B, T * B)
             self._views += step_views(
-                sizes[ready:], self.d_h[new], self.da[new], self.dm_to_dc[new], self._f[new]
+                sizes[ready:],
+                self.d_h[new],
+                self.da[new],
+                self.dm_to_dc[new],
+                self._f[new],
+                by_halves,
             )
         views: list[StepViews] = self._views[:T]
         return views
@@ -201,7 +211,7 @@ class _SmallScratch(_Scratch):
 
 
 def step_views(
-    sizes: list[int], d_h: Tensor, da: Tensor, dm_to_dc: Tensor, f: Tensor
+    sizes: list[int], d_h: Tensor, da: Tensor, dm_to_dc: Tensor, f: Tensor, by_halves: bool
 ) -> list[StepViews]:
     """Make the views of the steps of a block.
 
@@ -209,11 +219,18 @@ def step_views(
         sizes: how many rows each has.
         d_h, da, dm_to_dc: see :class:`StepViews`; of all rows, ``[n, features]``.
         f: likewise, or ``[T', B, H]``.
+        by_halves: how :func:`state_product` takes them.
     """
     by_gate = da.view(da.size(0), 4, -1)  # [n, 4, H]
-    parts = d_h, da, by_gate[:, :3], by_gate[:, 3], dm_to_dc
+    d_h_steps, da_steps, da_ifg, da_o, dm_to_dc_steps = (
+        part.split_with_sizes(sizes) for part in (d_h, da, by_gate[:, :3], by_gate[:, 3], dm_to_dc)
+    )
+    wide = d_h_steps, da_steps
+    if by_halves:
+        n, P = d_h.shape
+        wide = d_h.view(n, 2, 1, P // 2).unbind(0), da.view(n, 1, 1, -1).expand(n, 2, 1, -1).unbind(0)
     f_steps = f.unbind(0) if f.dim() == 3 else f.split_with_sizes(sizes)
-    return list(map(StepViews, *(part.split_with_sizes(sizes) for part in parts), f_steps))
+    return list(map(StepViews, d_h_steps, da_steps, *wide, da_ifg, da_o, dm_to_dc_steps, f_steps))
 
 
 class _WeightSums:

@@ -69,6 +69,8 @@ _count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_
 _is_legacy_batched: Callable[[Tensor], bool] | None = getattr(
     _functorch, "is_legacy_batchedtensor", None
 )
+# Whether autocast is on for any device.
+_any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
 _NO_BLOCK = nullcontext()
 
 _thread = threading.local()
@@ -143,7 +145,6 @@ def is_batched(tensor: Tensor) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def no_donated_buffers() -> None:
     """Keep the function that is being compiled from donating what it has saved for its backward.
 
@@ -161,6 +162,10 @@ def no_donated_buffers() -> None:
         if _donate_again not in callback_handler.end_callbacks:
             callback_handler.register_end_callback(_donate_again)
         _thread.donates = True
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo for everybody.
+no_donated_buffers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _donate_again(*_: Any) -> None:
@@ -183,7 +188,7 @@ def is_onednn_enabled() -> bool:
 
 def are_of_one_kind(tensors: Iterable[Tensor]) -> bool:
     """Whether an operator takes these tensors together."""
-    kinds = {type(tensor) for tensor in tensors}
+    kinds = set(map(type, tensors))
     return any(kinds <= kind for kind in _KINDS)
 
 
@@ -215,6 +220,8 @@ def profiled(name: str) -> AbstractContextManager[Any]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype to which autocast casts on this device, ``None`` where it is off."""
+    if _any_autocast is not None and not is_compiling() and not _any_autocast():
+        return None
     if not torch.amp.is_autocast_available(device.type):
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -19,9 +19,12 @@ from manual_lstm.engine.context import (
     traced_number,
     transforms_active,
 )
+from manual_lstm.engine.workspace import is_small
 
 # The devices that the operator is tested on; meta runs no kernel.
 _DEVICES = {"cpu", "cuda", "meta"}
+
+_FEW_STEPS = 2  # of small states
 
 
 class Loop(Enum):
@@ -62,11 +65,12 @@ def choose(
     if in_plain_loop():
         return Loop.PLAIN
     T = (x if batch_sizes is None else batch_sizes).size(0)
-    if scan_operator is not None and as_scan:
+    compiling = is_compiling()
+    if compiling and scan_operator is not None and as_scan:
         if is_exporting():
             return Loop.SCAN
         # Dynamo does not trace scan under a transform, and Inductor not without a step.
-        if is_compiling() and changed and T > 1 and not transforms_active():
+        if changed and T > 1 and not transforms_active():
             return Loop.SCAN
     if changed or (keep and (is_grad_enabled() or is_tracing() or transforms_active())):
         return Loop.PLAIN
@@ -74,8 +78,11 @@ def choose(
         # nn.LSTM's operator knows no transform, and refuses a sequence without steps.
         fits = not transforms_active() and traced_number(T) > 0
         return Loop.TRACED if fits else Loop.PLAIN
-    # One step leaves nothing to fuse. Compiled, only the operator knows how many rows a step has.
-    if T == 1 and not (batch_sizes is not None and is_compiling()):
+    # One step leaves nothing to fuse, and few small ones take less time than preparing the operator.
+    # A compiled program should serve any length, and only the operator knows how many rows a step of
+    # packed input has there.
+    few = T == 1 or (T <= _FEW_STEPS and not compiling and is_small(c_0))
+    if few and not (compiling and batch_sizes is not None):
         return Loop.PLAIN
     data = (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes)
     if transforms_active():
@@ -109,10 +116,15 @@ def _operator_takes(data: Sequence[Tensor], weights: Sequence[Mapping[str, Tenso
     torch.export wants a program of torch's own operators. Under autocast the plain loop's operations
     are cast one by one; a layer casts, and switches autocast off, before this.
     """
-    tensors = [*data, *(t for w in weights for t in w.values())]
+    tensors = [*data]
+    for w in weights:
+        tensors.extend(w.values())
     return (
-        not is_exporting()
+        not (is_compiling() and is_exporting())
         and autocast_dtype(data[0].device) is None
         and are_of_one_kind(tensors)
-        and all(tensor.device.type in _DEVICES for tensor in tensors)
+        and (
+            all(tensor.is_cpu for tensor in tensors)  # which is faster to ask
+            or all(tensor.device.type in _DEVICES for tensor in tensors)
+        )
     )

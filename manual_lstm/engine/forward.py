@@ -35,7 +35,7 @@ class Kept(NamedTuple):
 class StepViews(NamedTuple):
     """What one step writes to."""
 
-    a: Tensor  # the pre-activations of i, f, o and g, which become these gates, [4, b, H]
+    a: Tensor  # the pre-activations of i, f, o, g, which become these gates, as gate_product takes them
     a_ifo: Tensor  # those of i, f and o, [3, b, H]
     i: Tensor  # each by itself, [b, H]
     f: Tensor
@@ -43,7 +43,7 @@ class StepViews(NamedTuple):
     g: Tensor
     c: Tensor  # the cell state after it, [b, H]
     h: Tensor  # the hidden state after it, [b, P or H]
-    h_wide: Tensor  # the same, [4, b, P or H]
+    h_wide: Tensor  # the same, as gate_product takes it
 
 
 def run_forward(d: Direction, save: bool) -> Kept:
@@ -72,9 +72,10 @@ def run_forward(d: Direction, save: bool) -> Kept:
 def _run(d: Direction, steps: BlockSteps, product: InputProduct, places: "_Places") -> Tensor:
     """Take the steps, and return the cell state after the last."""
     T = len(steps.sizes)
-    add = gate_product(d.weight_hh, steps.starts[-1] // T, T)
+    add = gate_product(d.weight_hh, steps.starts[-1] // T, T, steps.of_one)
     weight_hr_t = None if d.weight_hr is None else d.weight_hr.t()
-    h, c = d.h_0.expand(4, *d.h_0.shape), d.c_0  # the state before a step, h widened
+    # The state before a step, h widened.
+    h, c = d.h_0.expand(2 if steps.of_one else 4, *d.h_0.shape), d.c_0
     for block in steps.blocks(product.most_rows, _BLOCK_STEPS):
         a_block, views = places.enter(block, product.by_step)
         inputs = product.enter(block, a_block)
@@ -126,12 +127,13 @@ class _Places:
         rows, sizes = self._steps.rows(block), self._steps.sizes[block.start : block.stop]
         if self.save:
             a = self._gates[4 * rows.start : 4 * rows.stop]
-            return a, step_views(sizes, a, self._cells[rows], self._h_rows[rows], self.c_n)
+            c = self._cells[rows]
+            return a, step_views(sizes, a, c, self._h_rows[rows], self.c_n, self._steps.of_one)
         n = 4 * (sizes[0] if one_step else rows.stop - rows.start)
         if self._a.size(0) < n:
             self._a = self.c_n.new_empty(n, self.c_n.size(1))
         a = self._a[:n]
-        return a, step_views(sizes, a, None, self._h_rows[rows], self.c_n)
+        return a, step_views(sizes, a, None, self._h_rows[rows], self.c_n, self._steps.of_one)
 
     def leave(self, block: range) -> None:
         """Keep what the steps of a block have made."""
@@ -177,6 +179,7 @@ class _SmallPlaces(_Places):
                 self._c[new] if self.save else None,
                 self._h[new],
                 self.c_n,
+                self._steps.of_one,
             )
         return self._a[: 4 * B * T], self._views[:T]
 
@@ -194,7 +197,7 @@ class _SmallPlaces(_Places):
 
 
 def step_views(
-    sizes: list[int], a: Tensor, c: Tensor | None, h: Tensor, c_n: Tensor
+    sizes: list[int], a: Tensor, c: Tensor | None, h: Tensor, c_n: Tensor, of_one: bool
 ) -> list[StepViews]:
     """Make the views of the steps of a block.
 
@@ -204,21 +207,23 @@ def step_views(
         c: the cell states after the steps, ``[n, H]``, or ``None``: then every step writes to ``c_n``.
         h: the hidden states after the steps, ``[n, P or H]``.
         c_n: ``[B, H]``.
+        of_one: see :class:`manual_lstm.engine.steps.BlockSteps`.
     """
-    T, b = len(sizes), sizes[0]
+    T, b, H = len(sizes), sizes[0], a.size(1)
     if c is None:
         c_steps: Sequence[Tensor] = [c_n if b == c_n.size(0) else c_n[:b] for b in sizes]
     else:
         c_steps = c.split_with_sizes(sizes)
-    h_steps, wide = h.split_with_sizes(sizes), h.expand(4, *h.shape).split_with_sizes(sizes, 1)
+    pieces = 2 if of_one else 4
+    h_steps, wide = h.split_with_sizes(sizes), h.expand(pieces, *h.shape).split_with_sizes(sizes, 1)
     if b == sizes[-1]:
-        by_step = a.view(-1, 4, b, a.size(1))
-        parts = (by_step, by_step[:, :3], *by_step.unbind(1))
+        by_step = a.view(-1, 4, b, H)
+        parts = a.view(-1, pieces, b, 4 * H // pieces), by_step[:, :3], *by_step.unbind(1)
         gates = (part.unbind(0) * (T // by_step.size(0)) for part in parts)
         return list(map(StepViews, *gates, c_steps, h_steps, wide))
     a_steps = a.split_with_sizes([4 * b for b in sizes])
     views: list[StepViews] = []
     for b, a_t, *states in zip(sizes, a_steps, c_steps, h_steps, wide):
-        a_t = a_t.view(4, b, a.size(1))
+        a_t = a_t.view(4, b, H)
         views.append(StepViews(a_t, a_t[:3], *a_t.unbind(0), *states))
     return views

@@ -37,18 +37,21 @@ _DIRECTION = (
 )
 # torch.library.custom_op would do the same, but imports torch._dynamo at its first call.
 _library: Any = Library("manual_lstm", "DEF")  # type: ignore[no-untyped-call]
+# torch.compile keeps programs on disk, where it finds them by the names of their operators. Give the
+# overloads another name whenever the shape or the layout of what they take or return changes: otherwise
+# programs that an earlier version of this package has left there run with this one.
 _library.define(
-    f"direction({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"direction.steps_by_gate({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"direction_backward({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
+    f"direction_backward.steps_by_gate({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
     "Tensor? grad_h_n, Tensor? grad_c_n, bool[] needs, bool by_row) -> "
     f"({', '.join(['Tensor'] * 10)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
-direction = torch.ops.manual_lstm.direction.default
-direction_backward = torch.ops.manual_lstm.direction_backward.default
+direction = torch.ops.manual_lstm.direction.steps_by_gate
+direction_backward = torch.ops.manual_lstm.direction_backward.steps_by_gate
 
 
 def run_fused(d: Direction, keep: bool = False) -> Result:
@@ -154,8 +157,8 @@ class _DirectionFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-_library.impl("direction", _direction, "CompositeExplicitAutograd")
-_library.impl("direction_backward", _direction_backward, "CompositeExplicitAutograd")
+_library.impl("direction.steps_by_gate", _direction, "CompositeExplicitAutograd")
+_library.impl("direction_backward.steps_by_gate", _direction_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(direction, _direction_fake, lib=_library)
 torch.library.register_fake(direction_backward, _direction_backward_fake, lib=_library)
 torch.library.register_autograd(direction, _backward, setup_context=_save, lib=_library)

@@ -25,7 +25,6 @@ from manual_lstm.engine.context import (
     is_onednn_enabled,
     is_tracing,
 )
-from manual_lstm.engine.steps import IFOG
 
 
 def find_onednn(name: str, overload: str) -> Callable[..., Tensor] | None:
@@ -58,26 +57,27 @@ def _prefers_onednn(weight: Tensor, rows: int) -> bool:
 AddProduct = Callable[[Tensor, Tensor], Any]
 
 
-def by_gate(weight: Tensor, rows_first: bool = False) -> Tensor:
-    """Lay out a weight ``[4H, K]`` for products whose results have the gates in the order i, f, o, g.
+def ifog(weight: Tensor) -> Tensor:
+    """Copy a weight or a bias, ``[4H, ...]``, with the gates in the order i, f, o, g."""
+    H = weight.size(0) // 4
+    i_f, g, o = weight.split_with_sizes([2 * H, H, H])
+    return torch.cat([i_f, o, g])
 
-    Returns:
-        ``[4, K, H]``, or with ``rows_first`` ``[K, 4, H]``.
-    """
+
+def by_gate(weight: Tensor) -> Tensor:
+    """Lay out a weight ``[4H, K]`` gate by gate, ``[4, K, H]``, in the order i, f, o, g."""
     four_H, K = weight.shape
     H = four_H // 4
-    if K == 1:
-        i_f, g, o = weight.split_with_sizes([2 * H, H, H])
-        return torch.cat([i_f, o, g]).view((K, 4, H) if rows_first else (4, K, H))
-    laid_out = weight.new_empty((K, 4, H) if rows_first else (4, K, H))
-    to = laid_out.transpose(0, 1) if rows_first else laid_out
-    gates = weight.view(4, H, K).transpose(1, 2)  # i, f, g, o
-    for place, gate in IFOG:
-        to[place].copy_(gates[gate])
+    if K == 1 or weight.numel() < 1 << 14 or weight.device.type != "cpu":
+        return ifog(weight).view(4, H, K).transpose(1, 2).contiguous()
+    laid_out = weight.new_empty(4, K, H)
+    i, f, g, o = weight.view(4, H, K).transpose(1, 2)
+    for to, gate in zip(laid_out, (i, f, o, g)):
+        to.copy_(gate)  # torch is fast at transposing two dimensions, not three
     return laid_out
 
 
-def gate_product(weight_hh: Tensor, rows: int, times: int) -> AddProduct:
+def gate_product(weight_hh: Tensor, rows: int, times: int, by_halves: bool) -> AddProduct:
     """Return the function ``add(a, h)`` for one weight_hh and many steps.
 
     It takes the input's part of a step's gates, a contiguous ``[4, b, H]`` in the order i, f, o, g, and
@@ -85,63 +85,70 @@ def gate_product(weight_hh: Tensor, rows: int, times: int) -> AddProduct:
 
     One batched product with a gate in each batch is a little faster than one wide product, keeps
     more threads busy, and leaves every gate's elements side by side, which is how the activations are
-    fastest.
+    fastest. A single row has them side by side anyway. There, with ``by_halves``, two gates make a
+    batch: it takes ``[2, 1, 2H]`` and ``[2, 1, P or H]``, and the weight needs not be transposed.
 
     Args:
         weight_hh: ``[4H, P or H]``.
         rows: how many rows a step has, on average.
         times: the number of steps.
+        by_halves: see above.
     """
-    four_H, P = weight_hh.shape
+    if by_halves:
+        halves = ifog(weight_hh).view(2, -1, weight_hh.size(1)).transpose(1, 2)  # [2, P or H, 2H]
+        return lambda a, h: a.baddbmm_(h, halves)
     if times >= 8 and _prefers_onednn(weight_hh, rows):
         assert _linear is not None
         assert _pack is not None
-        linear, packed = _linear, _pack(weight_hh.contiguous(), rows)
+        linear, packed = _linear, _pack(ifog(weight_hh), rows)
 
         def add_onednn(a: Tensor, h: Tensor) -> None:
-            product = linear(h[0], packed, None, "none", [], "").view(a.size(1), 4, -1).transpose(0, 1)
-            for to, part in IFOG:
-                a[to] += product[part]
+            a += linear(h[0], packed, None, "none", [], "").view(a.size(1), 4, -1).transpose(0, 1)
 
         return add_onednn
-    # On CPU the copy costs about as much as twelve steps of a single row lose without it, or four of
-    # many. Elsewhere it costs little, and each operation of a step much.
+    # On CPU, transposing costs about as much as four steps of many rows lose without it. Elsewhere it
+    # costs little, and each operation of a step much.
     if weight_hh.device.type != "cpu" or times >= 12 or (times >= 4 and rows >= 8):
         weight = by_gate(weight_hh)
-        return lambda a, h: a.baddbmm_(h, weight)
-    gates = weight_hh.view(4, four_H // 4, P).transpose(1, 2)  # [4, P or H, H]
-
-    def add(a: Tensor, h: Tensor) -> None:
-        for to, part in IFOG:
-            a[to].baddbmm_(h[to], gates[part])
-
-    return add
+    else:
+        weight = ifog(weight_hh).view(4, -1, weight_hh.size(1)).transpose(1, 2)  # [4, P or H, H]
+    return lambda a, h: a.baddbmm_(h, weight)
 
 
 def row_product(
-    weight: Tensor, bias: Tensor | None, rows: int, times: int
-) -> Callable[[Tensor], Tensor]:
-    """Return the function ``product(x)``, ``x @ weight.t() + bias``, for one weight and many x.
+    weight: Tensor, bias: Tensor | None, rows: int
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return ``product(x, out)``, ``x @ weight.t() + bias``, for one weight and many x.
 
-    It takes rows ``[n, K]``, and returns rows ``[n, N]``. The next call may write over them.
+    It takes rows ``[n, K]``, and writes rows ``[n, N]`` to ``out``. Without ``out`` it returns them,
+    and the next call may write over them.
 
     Args:
         weight: ``[N, K]``.
         bias: ``[N]``, or ``None``.
         rows: how many rows x has at most.
-        times: how often it will be called.
     """
     if _linear is not None and _prefers_onednn(weight, rows):
         linear = _linear
-        return lambda x: linear(x, weight, bias, "none", [], "")
-    out = weight.new_empty(rows, weight.size(0))
+
+        def product(x: Tensor, out: Tensor | None) -> Tensor:
+            rows = linear(x, weight, bias, "none", [], "")
+            return rows if out is None else out.copy_(rows)
+
+        return product
     weight_t = weight.t()
-    # Few rows at a time: a large product lays out the weight for itself.
-    if weight.device.type == "cpu" and times > 1 and rows <= 128:
-        weight_t = weight_t.contiguous()
-    if bias is None:
-        return lambda x: torch.mm(x, weight_t, out=out[: x.size(0)])
-    return lambda x: torch.addmm(bias, x, weight_t, out=out[: x.size(0)])
+    buffer: list[Tensor] = []
+
+    def product_into(x: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            if not buffer:
+                buffer.append(weight.new_empty(rows, weight.size(0)))
+            out = buffer[0][: x.size(0)]
+        return (
+            torch.mm(x, weight_t, out=out) if bias is None else torch.addmm(bias, x, weight_t, out=out)
+        )
+
+    return product_into
 
 
 _FEW_COLUMNS = 16  # MKL adds up row by row below this many columns
@@ -212,29 +219,25 @@ class OuterSum:
         return self.total[:, : self.N].contiguous()
 
 
-def state_product(weight_hh: Tensor, rows: int) -> AddProduct:
+def state_product(weight_hh: Tensor, rows: int, by_halves: bool) -> AddProduct:
     """Return the function ``add(d_h, da)`` for one weight_hh and many steps back in time.
 
     It adds to the gradient of a state, a contiguous ``[b, P or H]``, in place, what the gradient of
-    the next step's gates, ``[b, 4H]``, passes back.
+    the next step's gates, ``[b, 4H]``, passes back. With ``by_halves`` it takes ``[2, b, N]``, the two
+    halves of the columns, and ``[2, b, 4H]``, twice the same.
 
     Args:
         weight_hh: ``[4H, P or H]``.
         rows: how many rows a step has at most.
+        by_halves: see above.
     """
     K, N = weight_hh.shape
+    if by_halves:
+        halves = weight_hh.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
+        return lambda d_h, da: d_h.baddbmm_(da, halves)
     if _linear_add is not None and _prefers_onednn(weight_hh, rows):
         # Not packed: laying out a transposed weight costs more than it gives.
         linear_add, weight_t = _linear_add, weight_hh.t()
 
         return lambda d_h, da: d_h.copy_(linear_add(da, d_h, weight_t, None, "add"))
-    if rows == 1 and N % 2 == 0:
-        # MKL gives a single row to a single thread; the two halves of the columns occupy two.
-        # A step may also have no row: batch_sizes may end in zeros.
-        halves = weight_hh.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
-
-        def add(d_h: Tensor, da: Tensor) -> None:
-            d_h.view(2, len(d_h), N // 2).baddbmm_(da.expand(2, len(da), K), halves)
-
-        return add
     return lambda d_h, da: d_h.addmm_(da, weight_hh)

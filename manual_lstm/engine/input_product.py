@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 
 from manual_lstm.engine.direction import Direction
-from manual_lstm.engine.gemm import by_gate, row_product
+from manual_lstm.engine.gemm import by_gate, ifog, row_product
 from manual_lstm.engine.steps import BlockSteps
 
 
 def input_product(d: Direction, steps: BlockSteps) -> "InputProduct":
     """Choose how to multiply the input of a direction with weight_ih."""
-    T, B = len(steps.sizes), d.h_0.size(0)
-    if steps.dense and T >= 4:
-        if B == 1:
-            return _OfOneSequence(d, steps)
-        # One product a step is as fast as one for many steps, and leaves its result in the cache.
-        if B >= 16 and d.weight_ih.numel() <= 1 << 18:
-            return _OfEachStep(d, steps)
+    B = d.h_0.size(0)
+    # One product a step is as fast as one for many steps, and leaves its result in the cache.
+    if steps.dense and len(steps.sizes) >= 4 and B >= 16 and d.weight_ih.numel() <= 1 << 18:
+        return _OfEachStep(d, steps)
     return InputProduct(d, steps)
 
 
@@ -38,7 +35,8 @@ class InputProduct:
         N, B = steps.starts[-1], d.h_0.size(0)
         self.most_rows = 128 if d.weight_ih.size(0) <= 512 else 512
         rows = min(N, max(self.most_rows, B))
-        self._product = row_product(d.weight_ih, d.bias, rows, -(-N // rows))
+        bias = None if d.bias is None else ifog(d.bias)
+        self._product = row_product(ifog(d.weight_ih), bias, rows)
 
     def enter(self, block: range, a: Tensor) -> Sequence[Tensor | None]:
         """Compute the block's part of the gates: each step's by itself, in the order i, f, o, g.
@@ -50,29 +48,15 @@ class InputProduct:
         Returns:
             For every step what it passes to :meth:`of_step`, or ``None``.
         """
-        self._steps.lay_by_step(self._product(self._steps.rows_of(self._x, block)), block, a)
+        x = self._steps.rows_of(self._x, block)  # [n, I]
+        if self._steps.of_one:
+            self._product(x, a.view(x.size(0), -1))
+        else:
+            self._steps.lay_by_step(self._product(x, None), block, a)
         return [None] * len(block)
 
     def of_step(self, x: Tensor, a: Tensor) -> None:
         """Compute a step's part of the gates, ``[4, B, H]``."""
-
-
-class _OfOneSequence(InputProduct):
-    """The same where every step has one row: then nothing has to be laid out."""
-
-    def __init__(self, d: Direction, steps: BlockSteps) -> None:
-        self._steps, self._x = steps, d.x
-        self.most_rows = len(steps.sizes)
-        self._weight = by_gate(d.weight_ih, rows_first=True).flatten(1)  # [I, 4H]
-        self._bias = None if d.bias is None else by_gate(d.bias.unsqueeze(1)).flatten()  # [4H]
-
-    def enter(self, block: range, a: Tensor) -> Sequence[Tensor | None]:
-        x, a = self._steps.rows_of(self._x, block), a.view(len(block), -1)  # [n, I] and [n, 4H]
-        if self._bias is None:
-            torch.mm(x, self._weight, out=a)
-        else:
-            torch.addmm(self._bias, x, self._weight, out=a)
-        return [None] * len(block)
 
 
 class _OfEachStep(InputProduct):
@@ -84,7 +68,7 @@ class _OfEachStep(InputProduct):
         self._steps, self._x = steps, d.x
         self.most_rows = steps.starts[-1]
         self._weight = by_gate(d.weight_ih)  # [4, I, H]
-        self._bias = None if d.bias is None else by_gate(d.bias.unsqueeze(1))  # [4, 1, H]
+        self._bias = None if d.bias is None else ifog(d.bias).view(4, 1, -1)
 
     def enter(self, block: range, a: Tensor) -> Sequence[Tensor | None]:
         x = self._steps.rows_of(self._x, block)

@@ -22,10 +22,6 @@ from manual_lstm.cell import Step
 from manual_lstm.engine.context import is_compiling, is_grad_enabled
 from manual_lstm.engine.direction import AllSteps, Direction
 
-# The fused loop keeps the gates of a step in the order i, f, o, g, so that one sigmoid serves three.
-# Pairs of slices: which of them are which of i, f, g, o.
-IFOG = ((slice(0, 2), slice(0, 2)), (slice(2, 3), slice(3, 4)), (slice(3, 4), slice(2, 3)))
-
 _ROWS_UNKNOWN = "a compiled function does not know how many rows each step of packed input has"
 
 T = TypeVar("T")
@@ -58,7 +54,8 @@ def split_gates(d: Direction, gates: Tensor) -> tuple[Tensor, ...]:
         i, f, o, g = gates.view(d.x.size(0), 4, d.x.size(1), gates.size(1)).unbind(1)
         return i, f, g, o
     places = _places_by_step(d.batch_sizes.to(gates.device), d.x.size(0))  # [N, 4]
-    return gates[places.t()].unbind(0)
+    i, f, o, g = gates[places.t()].unbind(0)
+    return i, f, g, o
 
 
 def join_gates(d: Direction, i: Tensor, f: Tensor, g: Tensor, o: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ def join_gates(d: Direction, i: Tensor, f: Tensor, g: Tensor, o: Tensor) -> Tens
     if d.batch_sizes is None:
         return torch.stack([i, f, o, g], 1).flatten(0, 2)
     places = _places_by_step(d.batch_sizes.to(i.device), d.x.size(0))  # [N, 4]
-    gates = torch.stack([i, f, g, o], 1)  # [N, 4, H]
+    gates = torch.stack([i, f, o, g], 1)  # [N, 4, H]
     return torch.zeros_like(gates).flatten(0, 1).index_copy(0, places.flatten(), gates.flatten(0, 1))
 
 
@@ -192,12 +189,14 @@ class BlockSteps(Steps):
         sizes: the number of rows of each step.
         starts: the first row of each step in packed data, and last the number of rows, N.
         dense: whether every step has all rows.
+        of_one: whether every step has a single row: what is laid out gate by gate is then a row, too.
     """
 
     def __init__(self, d: Direction) -> None:
         super().__init__(d)
         self.dense = self._sizes is None
         self.sizes = [d.x.size(1)] * d.x.size(0) if self._sizes is None else self._sizes
+        self.of_one = self._B == 1 and self.sizes[-1:] == [1]
         self.starts = list(accumulate(self.sizes, initial=0))
         rows = self.starts[-1]
         if self._sizes is not None and rows != d.x.size(0):
@@ -213,6 +212,10 @@ class BlockSteps(Steps):
         Args:
             most_rows, most_steps: how many a block has at most, or more rows if one step has more.
         """
+        if self.dense:
+            T = len(self.sizes)
+            n = min(most_steps, max(1, most_rows // max(1, self._B)))
+            return self.in_order(range(t, min(t + n, T)) for t in range(0, T, n))
         bounds = [0]
         for t in range(1, len(self.sizes)):
             begin = bounds[-1]
@@ -235,19 +238,17 @@ class BlockSteps(Steps):
         """Write the gates of a block step by step, and those of each step gate by gate.
 
         Args:
-            a: by row, in the order i, f, g, o: ``[n, 4H]``.
+            a: by row, ``[n, 4H]``.
             block: their steps.
-            out: receives them, each step's in the order i, f, o, g: ``[4n, H]``.
+            out: receives them, ``[4n, H]``.
         """
-        n, H = len(a), out.size(1)
+        H = out.size(1)
         if self.dense:
-            by_step = out.view(len(block), 4, -1, H)
-            by_row = a.view(len(block), -1, 4, H).transpose(1, 2)  # [T', 4, B, H]
-            for to, part in IFOG:
-                by_step[:, to].copy_(by_row[:, part])
+            by_row = a.view(len(block), -1, 4, H)
+            out.view(len(block), 4, -1, H).copy_(by_row.transpose(1, 2))
         else:
             rows = self.rows(block)
-            out.index_copy_(0, self._by_step[rows].flatten() - 4 * rows.start, a.view(4 * n, H))
+            out.index_copy_(0, self._by_step[rows].flatten() - 4 * rows.start, a.view(-1, H))
 
     def by_gate(self, gates: Tensor, block: range) -> tuple[Tensor, ...]:
         """The gates i, f, g and o of a block: ``[T', B, H]`` each, or of packed input ``[n, H]``.
@@ -260,7 +261,8 @@ class BlockSteps(Steps):
             by_step = gates[4 * rows.start : 4 * rows.stop].view(len(block), 4, -1, H)
             i, f, o, g = by_step.unbind(1)
             return i, f, g, o
-        return gates[self._by_step[rows].t()].unbind(0)  # a copy
+        i, f, o, g = gates[self._by_step[rows].t()].unbind(0)  # a copy
+        return i, f, g, o
 
     def before_block(self, block: range) -> range | None:
         """The one step that the direction takes before a block; ``None`` if the block is the first."""
@@ -309,6 +311,9 @@ class BlockSteps(Steps):
             rows: the states after all steps, ``[N, features]``.
             first: the initial states, ``[B, features]``.
         """
+        if self.dense and self.sizes:
+            last = rows[: self._B] if self.reverse else rows[-self._B :]
+            return last.clone(memory_format=torch.contiguous_format)
         parts: list[Tensor] = []
         done = 0  # the number of sequences, the longest first, whose final state is in parts
         for t in range(len(self.sizes)) if self.reverse else range(len(self.sizes) - 1, -1, -1):
@@ -317,13 +322,11 @@ class BlockSteps(Steps):
                 done = self.sizes[t]
             if done == len(first):
                 break
-        if len(parts) == 1 and done == len(first):
-            return parts[0].clone(memory_format=torch.contiguous_format)
         return torch.cat([*parts, first[done:]])  # always a copy
 
 
 def _places_by_step(batch_sizes: Tensor, rows: int) -> Tensor:
-    """Where the fused loop keeps the gates i, f, g, o of packed rows: their rows in ``[4N, H]``.
+    """Where the fused loop keeps the gates i, f, o, g of packed rows: their rows in ``[4N, H]``.
 
     Returns:
         For every row and gate, ``[N, 4]``, int64.
@@ -332,5 +335,5 @@ def _places_by_step(batch_sizes: Tensor, rows: int) -> Tensor:
     b = batch_sizes.repeat_interleave(batch_sizes, output_size=rows)  # of each row's step, [N]
     start = starts.repeat_interleave(batch_sizes, output_size=rows)
     row = torch.arange(rows, device=batch_sizes.device)
-    place = torch.tensor([0, 1, 3, 2], device=batch_sizes.device)  # of i, f, g, o among i, f, o, g
-    return (3 * start + row).unsqueeze(1) + b.unsqueeze(1) * place
+    gate = torch.arange(4, device=batch_sizes.device)
+    return (3 * start + row).unsqueeze(1) + b.unsqueeze(1) * gate

@@ -18,8 +18,11 @@ _thread = threading.local()
 
 
 def is_small(state: Tensor) -> bool:
-    """Whether a step with this state is small. On other devices than the CPU streams could share it."""
-    return state.numel() <= SMALL and state.device.type == "cpu"
+    """Whether a step with this state, ``[..., B, H]``, is small. It has to be on the CPU.
+
+    Elsewhere, work in several streams would write to the same buffers.
+    """
+    return state.size(-2) * state.size(-1) <= SMALL and state.device.type == "cpu"
 
 
 def take(key: Hashable, make: Callable[[], Any]) -> Any:

@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 
-from manual_lstm.check.parity import forward_and_backward
+from manual_lstm.check.parity import forward_and_backward, official_under_autocast
 from manual_lstm.report.function import results_by_name
 from manual_lstm.report.row import MissingRequirement, ReportRow, Setting, State
 
@@ -152,7 +152,10 @@ def check_autocast_inside(setting: Setting) -> None:
             with torch.autocast(hx[0].device.type, torch.bfloat16):
                 return self.layer(input, hx)
 
-    expected = results_and_gradients(UnderAutocast(setting.official(layer)), input, hx)
+    official = setting.official(layer)
+    if setting.device == "cpu":
+        official = official_under_autocast(official, torch.bfloat16)
+    expected = results_and_gradients(UnderAutocast(official), input, hx)
     with fresh_compiler():
         program = torch.compile(UnderAutocast(layer), fullgraph=True, backend="aot_eager")
         actual = results_and_gradients(program, input, hx)
