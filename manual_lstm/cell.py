@@ -61,9 +61,26 @@ def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: T
     Returns:
         The gates, and the states after this step, shaped like ``h`` and ``c``.
     """
-    i, f, g, o = gates(torch.addmm(x_t, h, weight_hh.t()))  # four times [b, H]
+    i, f, g, o = gates(add_product(x_t, h, weight_hh))  # four times [b, H]
     c = f * c + i * g
     return output_step(i, f, g, o, c, weight_hr)
+
+
+def add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """Return :math:`x + h W^T`, for ``[b, N]``, ``[b, K]`` and ``[N, K]``. See :func:`product`."""
+    if weight.dtype == h.dtype:
+        return torch.addmm(x, h, weight.t())
+    return x + product(h, weight)
+
+
+def product(h: Tensor, weight: Tensor) -> Tensor:
+    """Return :math:`h W^T`, for ``[b, K]`` and ``[N, K]``, in the dtype of ``h``.
+
+    A weight of another dtype, of low precision where a layer takes one step, is multiplied in its own.
+    """
+    if weight.dtype == h.dtype:
+        return torch.mm(h, weight.t())
+    return torch.mm(h.to(weight.dtype), weight.t()).to(h.dtype)
 
 
 def gates(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +110,7 @@ def output_step(
         The whole step. A cell of your own replaces what differs with ``_replace``.
     """
     m = o * torch.tanh(c)
-    return Step(i, f, g, o, c, m, m if weight_hr is None else torch.mm(m, weight_hr.t()))
+    return Step(i, f, g, o, c, m, m if weight_hr is None else product(m, weight_hr))
 
 
 def lstm_cell_out(

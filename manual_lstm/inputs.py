@@ -29,6 +29,7 @@ from manual_lstm.unrolled.result import Layout
 States = tuple[Tensor, Tensor]
 
 _NO_BLOCK = nullcontext()
+_FEW_ROWS = 4
 
 
 class Layer(Protocol):
@@ -38,7 +39,9 @@ class Layer(Protocol):
     proj_size: int
     batch_first: bool
     _weight_names: list[list[str]]
+    _sample_hooks: dict[int, Any] | None
 
+    def _cell_is_changed(self) -> bool: ...
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None: ...
     def check_hidden_size(
         self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = ...
@@ -153,7 +156,19 @@ class Inputs(ABC):
         packed, projected = self.batch_sizes is not None, layer.proj_size > 0
         self._answer_dtypes = answer_dtypes(self.x, self.c_0, weight, cast_to, packed, projected)
         self.x, self.h_0, self.c_0 = (t.to(compute) for t in (x, h_0, c_0))
-        self.weights = [{kind: t.to(compute) for kind, t in w.items()} for w in weights]
+        # To convert the matrices takes longer than one step of few rows by torch's products in their
+        # dtype, whose results are rounded once. nn.LSTM does not do better.
+        narrow = (
+            self.batch_sizes is None
+            and x.size(0) == 1
+            and x.size(1) <= _FEW_ROWS
+            and layer._sample_hooks is None
+            and not (is_compiling() or is_tracing() or layer._cell_is_changed())
+        )
+        self.weights = [
+            {kind: t if narrow and t.dim() == 2 else t.to(compute) for kind, t in w.items()}
+            for w in weights
+        ]
 
     def without_autocast(self) -> AbstractContextManager[Any]:
         """Turn autocast off in a block: its casts are done already."""

@@ -107,4 +107,7 @@ def prepare_lstm(d: Direction) -> Prepared:
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """The input's part of the gates for all steps, one product: ``[..., I]`` to ``[..., 4H]``."""
+    if weight_ih.dtype != x.dtype:  # see manual_lstm.cell.product
+        a = linear(x.to(weight_ih.dtype), weight_ih).to(x.dtype)
+        return a if bias is None else a + bias
     return linear(*with_columns_of_zeros(x, weight_ih), bias)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from manual_lstm import ManualLSTM
+from manual_lstm import ManualLSTM, cell
 from manual_lstm.check.parity import autocast_fails, data_of, forward_and_backward, twins
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import oracle, relative_errors
@@ -153,3 +153,35 @@ def test_autocast(
     assert (data_of(output).dtype, h_n.dtype, c_n.dtype) == (data_of(expected).dtype, h.dtype, c.dtype)
     tolerance = 1e-12 if weights == torch.float64 else 4 * torch.finfo(autocast).eps
     torch.testing.assert_close(data_of(output), data_of(expected), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"num_layers": 2, "bidirectional": True}, {"proj_size": 9}], ids=str
+)
+def test_one_step_multiplies_in_the_weights_dtype_and_is_as_exact_as_nn_lstm(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = nn.LSTM(40, 64, dtype=dtype, **options)
+    layer = ManualLSTM.from_lstm(reference)
+    exact = copy.deepcopy(reference).double()
+    seen: list[torch.dtype] = []
+
+    def product(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(weight.dtype)
+        return cell_product(h, weight)
+
+    cell_product = cell.product
+    monkeypatch.setattr(cell, "product", product)
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for _ in range(20):
+        x = torch.randn(1, 2, 40).to(dtype).requires_grad_()
+        expected = forward_and_backward(exact, x.detach().double(), None)
+        for name, lstm in (("ours", layer), ("theirs", reference)):
+            results = forward_and_backward(lstm, x.detach(), None)
+            errors[name] += sum(
+                float((results[k].double() - t).norm() / t.norm().clamp_min(1e-3))
+                for k, t in expected.items()
+            )
+    assert set(seen) == {dtype}
+    assert errors["ours"] <= 1.5 * errors["theirs"], errors

@@ -31,6 +31,7 @@ LAYER = (
     "engine.input_product",
     "engine.forward",
     "engine.backward",
+    "engine.cuda",
     "engine.fused",
     "engine.sample_gradients",
     "engine.vmap",

@@ -63,7 +63,7 @@ def run_backward(
     x, N, (B, P), H = d.x, steps.starts[-1], d.h_0.shape, d.c_0.size(1)
     grad_output, grad_h_n, grad_c_n = grads
     out_rows = None if grad_output is None else grad_output.reshape(N, P)
-    sums = _WeightSums(d, need)
+    sums = WeightSums(d, need)
     d_x = x.new_empty(x.shape if need.x else 0)
     # The gradients of both states; the rows of sequences that are not under way wait in them.
     d_h = x.new_zeros(d.h_0.shape) if grad_h_n is None else grad_h_n.clone(memory_format=_contiguous)
@@ -233,7 +233,7 @@ def step_views(
     return list(map(StepViews, d_h_steps, da_steps, *wide, da_ifg, da_o, dm_to_dc_steps, f_steps))
 
 
-class _WeightSums:
+class WeightSums:
     """The gradients of the weights and the bias: sums over all blocks."""
 
     def __init__(self, d: Direction, need: Gradients) -> None:

@@ -54,9 +54,7 @@ def run_forward(d: Direction, save: bool) -> Kept:
         save: whether to keep what the backward needs.
     """
     steps = BlockSteps(d)
-    sizes, N, (B, P), H = steps.sizes, steps.starts[-1], d.h_0.shape, d.c_0.size(1)
-    if sizes and sizes[0] != B:  # a compiled caller cannot look into batch_sizes
-        raise RuntimeError(f"h_0 and c_0 should have {sizes[0]} sequences, as the input, but got {B}")
+    N, P, H = steps.starts[-1], d.h_0.size(1), d.c_0.size(1)
     output = d.x.new_empty(*d.x.shape[:-1], P)
     gates, cells = d.x.new_empty(4 * N if save else 0, H), d.x.new_empty(N if save else 0, H)
     h_rows, c_n = output.view(N, P), d.c_0

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import Library
 
 from manual_lstm.cell import Step, output_again
+from manual_lstm.engine import cuda
 from manual_lstm.engine.backward import run_backward
 from manual_lstm.engine.context import (
     autocast_dtype,
@@ -27,7 +28,7 @@ from manual_lstm.engine.context import (
 from manual_lstm.engine.differentiate import plain_gradients
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.dispatch import Loop, choose_backward
-from manual_lstm.engine.forward import run_forward
+from manual_lstm.engine.forward import Kept, run_forward
 from manual_lstm.engine.steps import split_gates, steps_of
 
 # The arguments of Direction, with their names.
@@ -68,7 +69,7 @@ def run_fused(d: Direction, keep: bool = False) -> Result:
         return Result(*_DirectionFunction.apply(*d, True))  # type: ignore[no-untyped-call]
     else:
         with profiled("manual_lstm::direction"), below_autograd():
-            output, h_n, c_n, gates, cells = run_forward(d, keep)
+            output, h_n, c_n, gates, cells = _forward(d, keep)
     if not keep:
         return Result(output, h_n, c_n)
     i, f, g, o = split_gates(d, gates)
@@ -78,10 +79,20 @@ def run_fused(d: Direction, keep: bool = False) -> Result:
     return Result(output, h_n, c_n, steps_of(d).all(Step(i, f, g, o, c, m, output)))
 
 
+def _forward(d: Direction, save: bool) -> Kept:
+    """Take the steps, by the loop for this device."""
+    return cuda.run_forward_on_cuda(d, save) if cuda.fits(d) else run_forward(d, save)
+
+
+def _take_back(d: Direction, *arguments: Any) -> tuple[Tensor, ...]:
+    """Go back through the steps, by the loop for this device."""
+    return (cuda.run_backward_on_cuda if cuda.fits(d) else run_backward)(d, *arguments)
+
+
 def _direction(*arguments: Any) -> tuple[Tensor, ...]:
     d, (save,) = Direction.split(arguments)
     with below_autograd():
-        return tuple(run_forward(d, save))
+        return tuple(_forward(d, save))
 
 
 def _direction_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -98,7 +109,7 @@ def _direction_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _direction_backward(*arguments: Any) -> tuple[Tensor, ...]:
     d, (gates, cells, *grads, needs, by_row) = Direction.split(arguments)
     with below_autograd():
-        return run_backward(d, gates, cells, tuple(grads), Gradients(*needs), by_row)
+        return _take_back(d, gates, cells, tuple(grads), Gradients(*needs), by_row)
 
 
 def _direction_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -137,7 +148,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             if nobody_watches(gates, *grad_results):
                 with profiled("manual_lstm::direction_backward"), below_autograd():
-                    values = run_backward(d, gates, cells, grad_results, need, False)
+                    values = _take_back(d, gates, cells, grad_results, need, False)
             else:
                 values = direction_backward(*d, gates, cells, *grad_results, list(need), False)
             gradients = Gradients(*(v if n else None for v, n in zip(values, need)))
@@ -150,7 +161,7 @@ class _DirectionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with profiled("manual_lstm::direction"), below_autograd():
-            kept = run_forward(Direction.split(arguments)[0], True)
+            kept = _forward(Direction.split(arguments)[0], True)
         _save(ctx, arguments, kept)
         return kept.output, kept.h_n, kept.c_n
 

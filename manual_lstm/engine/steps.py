@@ -195,6 +195,10 @@ class BlockSteps(Steps):
     def __init__(self, d: Direction) -> None:
         super().__init__(d)
         self.dense = self._sizes is None
+        if self._sizes is not None:
+            self._sizes = [
+                b for b in self._sizes if b
+            ]  # one built by hand may end in steps without rows
         self.sizes = [d.x.size(1)] * d.x.size(0) if self._sizes is None else self._sizes
         self.of_one = self._B == 1 and self.sizes[-1:] == [1]
         self.starts = list(accumulate(self.sizes, initial=0))
@@ -202,6 +206,10 @@ class BlockSteps(Steps):
         if self._sizes is not None and rows != d.x.size(0):
             raise ValueError(
                 f"data should have {rows} rows, the sum of batch_sizes, but got {d.x.size(0)}"
+            )
+        if self.sizes and self.sizes[0] != self._B:  # a compiled caller cannot look into batch_sizes
+            raise RuntimeError(
+                f"h_0 and c_0 should have {self.sizes[0]} sequences, as the input, but got {self._B}"
             )
         if d.batch_sizes is not None:
             self._by_step = _places_by_step(d.batch_sizes.to(d.x.device), rows)

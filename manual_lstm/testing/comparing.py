@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ def oracle(layer: nn.Module, case: Case) -> Results:
 
 def _seed_and_run(layer: nn.Module, case: Case, input: Input, hx: State | None) -> Results:
     torch.manual_seed(case.seed + 3)  # for dropout, which on CPU draws the same in every dtype
-    with _quiet():
+    # cuDNN refuses strided states, and a backward in eval mode; torch has another kernel on CUDA.
+    cudnn_off = torch.backends.cudnn.flags(enabled=False) if case.device == "cuda" else nullcontext()
+    with _quiet(), cudnn_off:
         return forward_and_backward(layer, input, hx)
 
 
