@@ -8,7 +8,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, memory, per_sample, precision, scaling, speed, targets
+from benchmarks import (
+    cold,
+    deploy,
+    machine,
+    memory,
+    per_sample,
+    plot,
+    precision,
+    scaling,
+    speed,
+    targets,
+)
 from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
@@ -17,6 +28,7 @@ from benchmarks.workload import DTYPES, MODES, Settings
 EPILOG = """\
 python -m benchmarks                        everything, which takes a while
 python -m benchmarks --quick --targets      the most telling shapes, two minutes
+python -m benchmarks models --plot FILE     published models at their own sizes, and a picture
 python -m benchmarks --peers none --mode training --shapes "28,64,28,128;50,32,64,64"
 python -m benchmarks speed -h               all options of a command
 """
@@ -71,6 +83,12 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
         not (arguments.quick or arguments.no_memory),
     )
     rows: list[speed.Measurement] = []
+    if arguments.plot is not None:
+        try:
+            plot.require_matplotlib()  # before the time is spent
+        except ImportError as error:
+            print(error, file=sys.stderr)
+            return 1
     try:
         speed.print_speed_table(plan, settings, rows)
     finally:
@@ -81,7 +99,9 @@ def _speed(arguments: argparse.Namespace, settings: Settings, results: list[dict
             mode: speed.geometric_means([row for row in rows if row.mode == mode])
             for mode in plan.modes
         }
-        targets.print_verdicts(list(targets.verdicts(ratios, means)))
+        targets.print_verdicts(list(targets.verdicts(ratios, means, settings.threads)))
+    if arguments.plot is not None:
+        plot.save_plot(rows, groups, machine.header(settings, True).replace("\n", "; "), arguments.plot)
     return 1 if any(speed.OURS in row.wrong for row in rows) else 0
 
 
@@ -127,6 +147,17 @@ def _per_sample(
     return 0
 
 
+def _cold(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
+    results.extend(cold.print_cold_table(arguments.rounds or 7, settings))
+    return 0
+
+
+def _deploy(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
+    effort = _effort(arguments, 6.0, 5)
+    results.extend(deploy.print_deploy_table(arguments.shapes or deploy.CASES, effort, settings))
+    return 0
+
+
 def _effort(arguments: argparse.Namespace, seconds: float, rounds: int) -> Effort:
     """Return the effort of the command line, with defaults for what it leaves open."""
     return Effort(
@@ -154,17 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "speed", _speed, "the main table (the default command)")
     command.add_argument("--quick", action="store_true", help="fewer shapes, no memory: two minutes")
     command.add_argument("--groups", type=_names(GROUPS), help=f"of: {', '.join(GROUPS)}")
-    command.add_argument(
-        "--peers",
-        type=_peers,
-        default=tuple(PEERS),
-        help=f"none, all (the default), or of: {', '.join(PEERS)}",
-    )
-    command.add_argument("--targets", action="store_true", help="then list the targets, met or missed")
     _shapes(command)
-    _mode(command)
-    _timing(command)
-    command.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    _of_speed(command)
+
+    command = _command(commands, "models", _speed, "published models, with one thread by default")
+    command.set_defaults(threads=1, groups=("models",), quick=False, shapes=None)
+    _of_speed(command)
 
     command = _command(commands, "memory", _memory, "peak memory at long sequences, with targets")
     _shapes(command)
@@ -197,6 +223,15 @@ def _parser() -> argparse.ArgumentParser:
     _shapes(command)
     _timing(command)
 
+    command = _command(
+        commands, "deploy", _deploy, "eager, compiled, exported, AOTInductor, onnxruntime"
+    )
+    _shapes(command)
+    _timing(command)
+
+    command = _command(commands, "cold", _cold, "the import and the first calls of a fresh process")
+    command.add_argument("--rounds", type=_number, metavar="N", help="the number of processes")
+
     command = _command(commands, "per-sample", _per_sample, "gradients for every sample, and Opacus'")
     _shapes(command)
     _timing(command)
@@ -220,6 +255,21 @@ def _command(
     command.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     command.add_argument("--json", type=_file, metavar="FILE", help="write all measurements to it")
     return command
+
+
+def _of_speed(command: argparse.ArgumentParser) -> None:
+    """Add the options of the commands that print the main table."""
+    command.add_argument(
+        "--peers",
+        type=_peers,
+        default=tuple(PEERS),
+        help=f"none, all (the default), or of: {', '.join(PEERS)}",
+    )
+    command.add_argument("--targets", action="store_true", help="then list the targets, met or missed")
+    command.add_argument("--plot", type=_file, metavar="FILE", help="draw the table (needs matplotlib)")
+    _mode(command)
+    _timing(command)
+    command.add_argument("--no-memory", action="store_true", help="do not measure memory")
 
 
 def _shapes(command: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The shapes that are measured, in groups. Each group answers another question."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,39 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that belong together. The title is what the table prints above them."""
+    """Cases that belong together.
+
+    Attributes:
+        title: what the table prints above them.
+        cases: the cases.
+        notes: what the table prints above some of them.
+    """
 
     title: str
     cases: tuple[Case, ...]
+    notes: dict[Case, str] = field(default_factory=dict)
+
+
+# Sizes of published models, and how they are run: what each does, and the project that publishes it.
+MODELS = {
+    Case(293, 1, 60, 128, 4, True): "speech segmentation (pyannote)",
+    Case(300, 1, 150, 150, 2): "beat tracking (BeatNet)",
+    Case(15, 1, 64, 64, 2, True): "Uzbek morphology",
+    Case(85, 1, 64, 150, 2, True): "language identification (gssc)",
+    Case(140, 1, 128, 256, 3, True): "diacritics of Arabic",
+    Case(160, 13, 40, 256, 3): "speaker embedding (Resemblyzer)",
+    Case(47, 64, 256, 256, 2): "names, character by character",
+    Case(32, 8, 512, 256, 2, True): "reading text in images (CRNN)",
+    Case(2000, 1, 1, 24): "guitar amplifier, a sample a step",
+    Case(2, 1, 64, 64): "two steps",
+}
+
+
+def _layers(case: Case) -> str:
+    """The layers of a case in words, with a comma before them where there is more than one."""
+    words = [f"{case.layers} layers"] if case.layers > 1 else []
+    words += ["bidirectional"] if case.bidirectional else []
+    return "".join(f", {word}" for word in words)
 
 
 GROUPS = {
@@ -73,6 +102,11 @@ GROUPS = {
     "packed": Group(
         "packed, not sorted, lengths uniform in 1..T", (Case(100, 32, 256, 256, packed=True),)
     ),
+    "models": Group(
+        "published models at their own sizes",
+        tuple(MODELS),
+        {case: name + _layers(case) for case, name in MODELS.items()},
+    ),
 }
 
 # The cases of each group that say most in the least time.
@@ -91,7 +125,7 @@ QUICK = {
 def quick_groups(groups: dict[str, Group]) -> dict[str, Group]:
     """Return the groups with their quick cases only, without groups that have none."""
     quick_cases = {
-        name: Group(group.title, tuple(case for case in group.cases if case in QUICK))
+        name: replace(group, cases=tuple(case for case in group.cases if case in QUICK))
         for name, group in groups.items()
     }
     return {name: group for name, group in quick_cases.items() if group.cases}

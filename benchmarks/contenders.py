@@ -122,6 +122,18 @@ def _opacus(w: Workload) -> Contender | None:
     return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
 
 
+def _torchrl(w: Workload) -> Contender | None:
+    case = w.case
+    if case.packed or case.bidirectional:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cls = importlib.import_module("torchrl.modules").LSTM
+    layer = cls(case.I, case.H, num_layers=case.layers, batch_first=False)
+    layer.load_state_dict(w.lstm.state_dict())
+    return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
+
+
 def _quantizable(w: Workload) -> Contender | None:
     if w.case.packed or w.case.layers > 1:  # its second layer does not accept two directions
         return None
@@ -196,10 +208,6 @@ def _official_without_onednn(w: Workload) -> Contender | None:
     return _without_onednn(official_contender(w), w)
 
 
-def _ours_without_onednn(w: Workload) -> Contender | None:
-    return _without_onednn(our_contender(w), w)
-
-
 def _without_onednn(contender: Contender, w: Workload) -> Contender | None:
     if w.settings.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
@@ -235,6 +243,7 @@ def _copy(lstm: nn.LSTM, targets: list[Tensor]) -> None:
 
 PEERS = {
     "opacus": Peer(("DP-", "LSTM"), "Opacus' DPLSTM, open for per-sample gradients", _opacus, "opacus"),
+    "torchrl": Peer(("Torch", "RL"), "TorchRL's LSTM, open for vmap", _torchrl, "torchrl.modules"),
     "quantizable": Peer(
         ("quan-", "tiz."),
         "torch.ao.nn.quantizable.LSTM, open for quantization",
@@ -248,14 +257,11 @@ PEERS = {
     "nn-no-onednn": Peer(
         ("nn", "-1DNN"), "nn.LSTM with oneDNN switched off (mkldnn.flags)", _official_without_onednn
     ),
-    "ours-no-onednn": Peer(
-        ("ours", "-1DNN"), "ManualLSTM with oneDNN switched off likewise", _ours_without_onednn
-    ),
     "plain-loop": Peer(
         ("plain", "loop"), "ManualLSTM's plain loop, without the fused operator", _plain_loop
     ),
 }
-OWN_VARIANTS = {"ours-no-onednn", "plain-loop"}  # the peers that are ManualLSTM
+OWN_VARIANTS = {"plain-loop"}  # the peers that are ManualLSTM
 
 
 class WrongError(Exception):

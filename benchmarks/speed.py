@@ -128,6 +128,8 @@ def print_speed_table(plan: Plan, settings: Settings, rows: list[Measurement]) -
         for name, group in plan.groups.items():
             print(f"  {group.title}", flush=True)
             for case in group.cases:
+                if case in group.notes:
+                    print(f"    {group.notes[case]}", flush=True)
                 row = measure(name, case, mode, plan, settings)
                 rows.append(row)
                 table.row(_cells(row, plan))

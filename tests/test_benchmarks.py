@@ -3,15 +3,16 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import contenders, memory, per_sample, speed, targets
+from benchmarks import contenders, deploy, memory, per_sample, plot, speed, targets
 from benchmarks.__main__ import main
-from benchmarks.cases import Case, Group
+from benchmarks.cases import GROUPS, MODELS, Case, Group
 from benchmarks.contenders import (
     PEERS,
     Contender,
@@ -167,14 +168,99 @@ def test_the_targets() -> None:
         ("inference", two_layers): {"ManualLSTM": 1.3, "nn-no-onednn": 1.1},
     }
     means = {"inference": {"arithmetic": {"ManualLSTM": 1.31}}}
-    found = {v.what: (v.most, v.met) for v in targets.verdicts(ratios, means)}
+    found = {v.what: (v.most, v.met) for v in targets.verdicts(ratios, means, threads=2)}
     assert found == {
-        "arithmetic, geometric mean": (1.3, False),
+        "arithmetic, geometric mean": (1.25, False),
         "arithmetic 100,32,256,256": (2.0, True),
         f"{two_layers}: as one layer": (1.2, False),
         "100,32,256,256: as cell": (2.0, True),  # the plain loop is no other LSTM
         f"{two_layers}: as nn-no-onednn": (1.1, False),
     }
+
+
+def test_the_published_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    two = Case(3, 1, 2, 4, layers=2, bidirectional=True)
+    group = Group("published models", (two, CASES[0]), {two: "a name, 2 layers, bidirectional"})
+    monkeypatch.setitem(GROUPS, "models", group)
+    file = tmp_path / "times.png"
+    options = ["--peers", "plain-loop,nn-no-onednn", "--no-memory", "--targets"]
+    pytest.importorskip("matplotlib")
+    assert main(["models", *options, *SHORT, "--plot", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 thread" in printed
+    assert "    a name, 2 layers, bidirectional\n3,1,2,4 " in printed
+    assert "28,64,28,128" not in printed
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_and_their_targets_are_those_of_the_table() -> None:
+    assert set(GROUPS["models"].cases) == set(GROUPS["models"].notes) == set(MODELS)
+    assert set(MODELS) <= set(targets.MOST_OF_CASE)
+
+
+def test_a_picture_needs_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*TINY, "--plot", str(tmp_path / "times.png")]) == 1
+    assert 'pip install ".[plot]"' in capsys.readouterr().err
+
+
+def test_the_picture_has_every_row_and_contender(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    groups = {"given": Group("the shapes given", tuple(CASES[:2]))}
+    rows = []
+    for mode in MODES:
+        for k, case in enumerate(CASES[:2]):
+            seconds = {"nn.LSTM": [1.0], "ManualLSTM": [2.0 + k], "cell": [3.0]}
+            rows.append(speed.Measurement("given", mode, case, seconds))
+    figure = plot.save_plot(rows, groups, "a machine", tmp_path / "times.svg")
+    for axis in figure.axes:
+        drawn = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+        assert drawn["ManualLSTM"] == [2.0, 3.0]
+        assert drawn["LSTM Cell"] == [3.0, 3.0]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(map(str, CASES[:2]))
+
+
+def test_first_calls(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "cold.json"
+    assert main(["cold", "--rounds", "1", "--threads", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["who"], row["loads_dynamo"]) for row in rows] == [
+        ("nn.LSTM", False),
+        ("ManualLSTM", False),
+    ]
+    assert re.search(r"^ManualLSTM( +[\d.]+){3} +no$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """With the forms that need no compiler; one of them fails, and one is not installed."""
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    forms = {name: deploy.FORMS[name] for name in ("eager", "exported")}
+    forms |= {"compiled": fails, "AOTI": lambda *_: None}
+    monkeypatch.setattr(deploy, "FORMS", {name: forms[name] for name in deploy.FORMS if name in forms})
+    file = tmp_path / "deploy.json"
+    assert main(["deploy", *TINY, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert set(row["seconds"]) == {
+        f"{who} {form}" for who in ("nn.LSTM", "ManualLSTM") for form in ("eager", "exported")
+    }
+    printed = capsys.readouterr().out
+    assert "    ManualLSTM compiled: RuntimeError: no compiler\n" in printed
+    assert "ManualLSTM AOTI: pip install" in printed
+    assert re.search(r"^3,2,4,8( +[\d.]+){2} +- +-( +[\d.]+){2} +- +-$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_deployed_in_every_form(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "deploy.json"
+    assert main(["deploy", *TINY, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert all("pip install" in reason for reason in row["missing"].values()), row["missing"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_memory_finds_what_is_allocated(tmp_path: Path, capsys: Capture) -> None:

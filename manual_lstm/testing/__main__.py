@@ -1,6 +1,7 @@
 """``python -m manual_lstm.testing``: check_lstm on nn.LSTM, ManualLSTM and their peers."""
 
 import argparse
+import functools
 import pkgutil
 import sys
 import warnings
@@ -24,7 +25,8 @@ def load_quantizable(layer: nn.Module, reference: nn.LSTM) -> None:
             weights[f"layers.{layer_number}.layer_{cell}.cell.{source[0]}gates.{kind}"].copy_(weight)
 
 
-# Where each class is, and the arguments of check_lstm: how to load it, and what it says it lacks.
+# Where each class is, and the arguments of check_lstm: how to load it, and what it says it lacks; and
+# what it is constructed with where its defaults are others.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantizable": (
         "torch.ao.nn.quantizable:LSTM",
@@ -34,6 +36,11 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "DPLSTM": ("opacus.layers:DPLSTM", {"lacks": {"proj_size", "dtype", "device"}}),
+    # Its batch_first is True by default, which is not what the rows are about.
+    "TorchRL": (
+        "torchrl.modules:LSTM",
+        {"lacks": {"bidirectional", "packed", "unbatched"}, "defaults": {"batch_first": False}},
+    ),
 }
 
 
@@ -44,7 +51,10 @@ def check_peer(label: str, max_examples: int = 30) -> Conformance | None:
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return None
-    return check_lstm(factory, label=label, max_examples=max_examples, **declared)
+    arguments = dict(declared)
+    if "defaults" in arguments:
+        factory = functools.partial(factory, **arguments.pop("defaults"))
+    return check_lstm(factory, label=label, max_examples=max_examples, **arguments)
 
 
 def side_by_side(reports: list[Conformance]) -> str:
@@ -60,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm.testing",
         description="Try on a class all that nn.LSTM does for its callers. By default on nn.LSTM, "
-        "ManualLSTM, torch.ao's quantizable.LSTM and Opacus' DPLSTM.",
+        "ManualLSTM, torch.ao's quantizable.LSTM, Opacus' DPLSTM and TorchRL's LSTM.",
     )
     parser.add_argument("name", nargs="?", help="the class, as package.module:Class")
     parser.add_argument("--lacks", nargs="+", default=[], metavar="ROW", help="what the class lacks")
