@@ -29,7 +29,7 @@ from tests.helpers.search import share
 def onednn_everywhere() -> Iterator[None]:
     """oneDNN for all float32 on CPU, whatever the size."""
 
-    def prefers(weight: Tensor, rows: int) -> bool:
+    def prefers(weight: Tensor, rows: int, fewest: int) -> bool:
         return weight.dtype == torch.float32 and weight.device.type == "cpu" and rows > 0
 
     with patched(gemm, _prefers_onednn=prefers):
@@ -62,7 +62,8 @@ def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest
         return linear(*args)
 
     monkeypatch.setattr(gemm, "_linear", spy)
-    monkeypatch.setattr(gemm, "_FEWEST_FOR_ONEDNN", 512 * 512 * 4 * 16)
+    for name in ("_FEWEST_OF_ROWS", "_FEWEST_FORWARDS", "_FEWEST_BACKWARDS"):
+        monkeypatch.setattr(gemm, name, 512 * 512 * 4 * 16)
     layer, x = ManualLSTM(8, 512), torch.randn(9, 16, 8)
     with torch.no_grad():
         with_onednn = layer(x)

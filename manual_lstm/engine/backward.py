@@ -79,7 +79,7 @@ def run_backward(
     weight_hh_conj = d.weight_hh.conj()
     weight_hr_conj = None if d.weight_hr is None else d.weight_hr.conj()
     by_halves = steps.of_one and P % 2 == 0  # MKL gives a single row to a single thread
-    add = state_product(weight_hh_conj, B, by_halves)
+    add = state_product(weight_hh_conj, B, len(steps.sizes), by_halves)
     d_c_t, d_c_wide = d_c, d_c.unsqueeze(1)  # [b, H] and [b, 1, H]
     for block in reversed(blocks):
         rows = steps.rows(block)

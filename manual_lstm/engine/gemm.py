@@ -38,14 +38,15 @@ _linear = find_onednn("_linear_pointwise", "default")
 _linear_add = find_onednn("_linear_pointwise", "binary")
 _pack = find_onednn("_reorder_linear_weight", "default")
 
-# The number of multiplications in a step's product from which oneDNN's is faster.
-_FEWEST_FOR_ONEDNN = 1 << 27
+# The number of multiplications from which oneDNN's product is faster: of many rows with weight_ih, and
+# of a step with weight_hh forwards and backwards.
+_FEWEST_OF_ROWS, _FEWEST_FORWARDS, _FEWEST_BACKWARDS = 1 << 27, 1 << 25, 1 << 24
 
 
-def _prefers_onednn(weight: Tensor, rows: int) -> bool:
+def _prefers_onednn(weight: Tensor, rows: int, fewest: int) -> bool:
     """Whether oneDNN is there, may be used, and is the faster for ``[rows, K]`` by ``[K, N]``."""
     return (
-        weight.numel() * rows >= _FEWEST_FOR_ONEDNN
+        weight.numel() * rows >= fewest
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and None not in (_linear, _linear_add, _pack)
@@ -97,7 +98,7 @@ def gate_product(weight_hh: Tensor, rows: int, times: int, by_halves: bool) -> A
     if by_halves:
         halves = ifog(weight_hh).view(2, -1, weight_hh.size(1)).transpose(1, 2)  # [2, P or H, 2H]
         return lambda a, h: a.baddbmm_(h, halves)
-    if times >= 8 and _prefers_onednn(weight_hh, rows):
+    if times >= 8 and _prefers_onednn(weight_hh, rows, _FEWEST_FORWARDS):
         assert _linear is not None
         assert _pack is not None
         linear, packed = _linear, _pack(ifog(weight_hh), rows)
@@ -128,7 +129,7 @@ def row_product(
         bias: ``[N]``, or ``None``.
         rows: how many rows x has at most.
     """
-    if _linear is not None and _prefers_onednn(weight, rows):
+    if _linear is not None and _prefers_onednn(weight, rows, _FEWEST_OF_ROWS):
         linear = _linear
 
         def product(x: Tensor, out: Tensor | None) -> Tensor:
@@ -219,7 +220,7 @@ class OuterSum:
         return self.total[:, : self.N].contiguous()
 
 
-def state_product(weight_hh: Tensor, rows: int, by_halves: bool) -> AddProduct:
+def state_product(weight_hh: Tensor, rows: int, times: int, by_halves: bool) -> AddProduct:
     """Return the function ``add(d_h, da)`` for one weight_hh and many steps back in time.
 
     It adds to the gradient of a state, a contiguous ``[b, P or H]``, in place, what the gradient of
@@ -229,15 +230,17 @@ def state_product(weight_hh: Tensor, rows: int, by_halves: bool) -> AddProduct:
     Args:
         weight_hh: ``[4H, P or H]``.
         rows: how many rows a step has at most.
+        times: the number of steps.
         by_halves: see above.
     """
     K, N = weight_hh.shape
     if by_halves:
         halves = weight_hh.view(K, 2, N // 2).transpose(0, 1)  # [2, K, N / 2]
         return lambda d_h, da: d_h.baddbmm_(da, halves)
-    if _linear_add is not None and _prefers_onednn(weight_hh, rows):
-        # Not packed: laying out a transposed weight costs more than it gives.
+    if _linear_add is not None and _prefers_onednn(weight_hh, rows, _FEWEST_BACKWARDS):
         linear_add, weight_t = _linear_add, weight_hh.t()
+        if times >= 16 and _pack is not None:  # many steps pay for laying out a transposed weight
+            weight_t = _pack(weight_t.contiguous(), rows)
 
         return lambda d_h, da: d_h.copy_(linear_add(da, d_h, weight_t, None, "add"))
     return lambda d_h, da: d_h.addmm_(da, weight_hh)
