@@ -104,9 +104,11 @@ def test_a_kernel_is_trusted_only_with_the_numbers_of_the_cell() -> None:
         (refuses, _cell_backward, False),
         (None, None, False),
     ):
-        with on_cpu(cell, backward):
+        with on_cpu(cell, backward), patched(cuda, _trusted={}):
             for dtype in (torch.float32, torch.float64):
-                assert cuda.is_trusted.__wrapped__(cpu, dtype) is trusted
+                assert cuda.is_trusted(cpu, dtype) is trusted
+            with patched(cuda, _cell=None):  # the kernel is tried once
+                assert cuda.is_trusted(cpu, dtype) is trusted
 
 
 @has_cuda

@@ -227,10 +227,13 @@ def test_the_readme_has_the_speed_of_the_tables() -> None:
     ]
     assert inference["shapes"] == training["shapes"]
     assert shown(f"plain loop, which takes {text}") == [training["plain"], inference["plain"]]
-    by_group = "Training / inference: many small steps # / #, large layers # / #, a single step # / #"
+    by_group = (
+        "Training / inference: many small steps # / #, large layers # / #, a single step # / #, "
+        "published models # / #"
+    )
     assert shown(by_group) == [
         mode[group]
-        for group in ("overhead", "arithmetic", "one-step")
+        for group in ("overhead", "arithmetic", "one-step", "models")
         for mode in (training, inference)
     ]
     assert shown(r"in about nn.LSTM's time \(# times\)") == [training["arithmetic"]]

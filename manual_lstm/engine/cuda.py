@@ -10,7 +10,6 @@ with ``[b, 4H]`` for both parts, the gates and d_a, in the order i, f, g, o.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from manual_lstm.engine.steps import BlockSteps, join_gates, split_gates
 _cell: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell", None)
 _cell_backward: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell_backward_impl", None)
 _DTYPES = (torch.float32, torch.float64)
+_trusted: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def fits(d: Direction) -> bool:
@@ -34,15 +34,22 @@ def fits(d: Direction) -> bool:
         and d.weight_hr is None
         and d.x.dtype in _DTYPES
         and d.x.numel() > 0
-        # What is captured as a CUDA graph cannot look at numbers.
-        and not torch.cuda.is_current_stream_capturing()
         and is_trusted(d.x.device, d.x.dtype)
     )
 
 
-@cache
 def is_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes what ``cell.py`` says, forwards and backwards."""
+    """Whether the kernel has been found to compute what ``cell.py`` says; tried at the first call."""
+    known = _trusted.get((device, dtype))
+    if known is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # what is captured as a CUDA graph cannot look at numbers
+        known = _trusted[device, dtype] = _agrees(device, dtype)
+    return known
+
+
+def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes a small example as ``cell.py`` does, forwards and backwards."""
     if _cell is None or _cell_backward is None:
         return False
     b, H = 3, 5
