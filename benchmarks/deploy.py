@@ -109,7 +109,7 @@ def print_deploy_table(
         Column("eager:", "ours", 8),
     ]
     for form in list(FORMS)[1:]:
-        columns += [Column(form + ":", "nn", 11), Column("", "ours", 6)]
+        columns += [Column(form + ":", "nn", 10), Column("", "ours", 6)]
     table = Table(columns)
     for case in cases:
         seconds, missing = _measure(case, effort, settings)
