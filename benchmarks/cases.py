@@ -26,11 +26,16 @@ class Case:
     def shape(self) -> str:
         return f"{self.T},{self.B},{self.I},{self.H}"
 
-    def __str__(self) -> str:
+    @property
+    def extra(self) -> list[str]:
+        """What it is besides its shape, in words."""
         extra = [f"{self.layers} layers"] if self.layers > 1 else []
         extra += ["bidirectional"] if self.bidirectional else []
         extra += ["packed"] if self.packed else []
-        return " ".join([self.shape, *extra])
+        return extra
+
+    def __str__(self) -> str:
+        return " ".join([self.shape, *self.extra])
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,6 @@ MODELS = {
     Case(2000, 1, 1, 24): "guitar amplifier, a sample a step",
     Case(2, 1, 64, 64): "two steps",
 }
-
-
-def _layers(case: Case) -> str:
-    """The layers of a case in words, with a comma before them where there is more than one."""
-    words = [f"{case.layers} layers"] if case.layers > 1 else []
-    words += ["bidirectional"] if case.bidirectional else []
-    return "".join(f", {word}" for word in words)
 
 
 GROUPS = {
@@ -105,7 +103,7 @@ GROUPS = {
     "models": Group(
         "published models at their own sizes",
         tuple(MODELS),
-        {case: name + _layers(case) for case, name in MODELS.items()},
+        {case: ", ".join([name, *case.extra]) for case, name in MODELS.items()},
     ),
 }
 

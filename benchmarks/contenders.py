@@ -112,26 +112,24 @@ def our_contender(w: Workload) -> Contender:
     return contender_of_layer(ManualLSTM.from_lstm(copy.deepcopy(w.lstm)), w)
 
 
-def _opacus(w: Workload) -> Contender | None:
+def _of_class(w: Workload, module: str, name: str, **options: bool) -> Contender:
+    """Make a contender of a class that has nn.LSTM's parameters, from a module that may warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cls = importlib.import_module("opacus.layers").DPLSTM
-    case = w.case
-    layer = cls(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
+        cls = getattr(importlib.import_module(module), name)
+    layer = cls(w.case.I, w.case.H, num_layers=w.case.layers, **options)
     layer.load_state_dict(w.lstm.state_dict())
     return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
+
+
+def _opacus(w: Workload) -> Contender | None:
+    return _of_class(w, "opacus.layers", "DPLSTM", bidirectional=w.case.bidirectional)
 
 
 def _torchrl(w: Workload) -> Contender | None:
-    case = w.case
-    if case.packed or case.bidirectional:
+    if w.case.packed or w.case.bidirectional:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cls = importlib.import_module("torchrl.modules").LSTM
-    layer = cls(case.I, case.H, num_layers=case.layers, batch_first=False)
-    layer.load_state_dict(w.lstm.state_dict())
-    return contender_of_layer(layer.to(w.settings.device, w.settings.dtype), w)
+    return _of_class(w, "torchrl.modules", "LSTM", batch_first=False)
 
 
 def _quantizable(w: Workload) -> Contender | None:

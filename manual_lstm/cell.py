@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 class Step(NamedTuple):
@@ -77,10 +78,11 @@ def product(h: Tensor, weight: Tensor) -> Tensor:
     """Return :math:`h W^T`, for ``[b, K]`` and ``[N, K]``, in the dtype of ``h``.
 
     A weight of another dtype, of low precision where a layer takes one step, is multiplied in its own.
+    There ``h`` may have more dimensions.
     """
     if weight.dtype == h.dtype:
         return torch.mm(h, weight.t())
-    return torch.mm(h.to(weight.dtype), weight.t()).to(h.dtype)
+    return linear(h.to(weight.dtype), weight).to(h.dtype)
 
 
 def gates(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from manual_lstm.cell import Step, lstm_cell
+from manual_lstm.cell import Step, lstm_cell, product
 from manual_lstm.engine.context import is_tracing
 from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.gemm import with_columns_of_zeros
@@ -107,7 +107,7 @@ def prepare_lstm(d: Direction) -> Prepared:
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """The input's part of the gates for all steps, one product: ``[..., I]`` to ``[..., 4H]``."""
-    if weight_ih.dtype != x.dtype:  # see manual_lstm.cell.product
-        a = linear(x.to(weight_ih.dtype), weight_ih).to(x.dtype)
+    if weight_ih.dtype != x.dtype:
+        a = product(x, weight_ih)
         return a if bias is None else a + bias
     return linear(*with_columns_of_zeros(x, weight_ih), bias)

@@ -12,6 +12,7 @@ from torch import nn
 
 from manual_lstm import ManualLSTM, cell
 from manual_lstm.check.parity import autocast_fails, data_of, forward_and_backward, twins
+from manual_lstm.engine import dtypes
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import oracle, relative_errors
 from tests.helpers.grids import quick_sample
@@ -185,3 +186,13 @@ def test_one_step_multiplies_in_the_weights_dtype_and_is_as_exact_as_nn_lstm(
             )
     assert set(seen) == {dtype}
     assert errors["ours"] <= 1.5 * errors["theirs"], errors
+
+
+def test_the_dtypes_under_autocast_with_and_without_kernels_for_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, c_0 = torch.zeros(2, 1, 3, dtype=torch.bfloat16), torch.zeros(1, 1, 3)
+    for there, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(dtypes, "_has_bfloat16", lambda there=there: there)
+        found = dtypes.answer_dtypes(x, c_0, x, torch.bfloat16, packed=False, projected=False)
+        assert found == (expected, expected)

@@ -20,12 +20,12 @@ from tests.helpers.loops import (
     DIFFERENTIABLE,
     Arguments,
     arguments,
+    assert_the_operator_is_the_plain_loop,
     drawn_arguments,
     fused_direction,
     patched,
     plain_direction,
     plainly,
-    run_direction,
 )
 
 
@@ -37,15 +37,8 @@ from tests.helpers.loops import (
 def test_the_operator_equals_the_plain_loop(
     direction_args: Arguments, wanted: list[bool], most: int
 ) -> None:
-    expected = run_direction(plain_direction, direction_args, wanted)
     with patched(forward, _BLOCK_STEPS=most), patched(backward, _BLOCK_STEPS=most):
-        actual = run_direction(fused_direction, direction_args, wanted)
-        with torch.no_grad():
-            unsaved = fused_direction(*direction_args)
-    assert_close(actual, expected, 1e-12)
-    names = ("output", "h_n", "c_n")
-    assert_close(dict(zip(names, unsaved)), {name: actual[name] for name in names}, 1e-12)
-    assert all(part.is_contiguous() for part in unsaved)
+        assert_the_operator_is_the_plain_loop(direction_args, wanted)
 
 
 CONFIGURATIONS: list[dict[str, Any]] = [

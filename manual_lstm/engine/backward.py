@@ -106,9 +106,8 @@ def run_backward(
             d_h_block.copy_(out_rows[rows])
         da_next = da_next_wide = None  # the gradient of a in the step after this one
         views = scratch.views(steps.sizes[block.start : block.stop], f, by_halves)
-        for d_h_t, da_t, d_h_wide, da_wide, da_ifg, da_o, dm_to_dc_t, f_t in steps.in_order(views)[
-            ::-1
-        ]:
+        back = steps.in_order(views)[::-1]
+        for d_h_t, da_t, d_h_wide, da_wide, da_ifg, da_o, dm_to_dc_t, f_t in back:
             if da_next_wide is not None and (steps.dense or da_next_wide.size(-2) == da_t.size(0)):
                 add(d_h_wide, da_next_wide)
             else:

@@ -147,4 +147,4 @@ def run_backward_on_cuda(
     sums.add(x, h_before, h, da, h)
     d_x = torch.mm(da, d.weight_ih).view(d.x.shape) if need.x else x.new_empty(0)
     rows = (da, h_before) if by_row else (x.new_empty(0, 4 * H), x.new_empty(0, H))
-    return d_x, d_h.clone(), d_c.clone(), *sums.results(), *rows, x.new_empty(0, H)
+    return d_x, d_h, d_c, *sums.results(), *rows, x.new_empty(0, H)

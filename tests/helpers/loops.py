@@ -16,6 +16,7 @@ from manual_lstm.engine import dispatch, fused, stack
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.engine.dispatch import Loop
 from manual_lstm.loop import run_plain
+from manual_lstm.testing.comparing import assert_close
 
 # The arguments of one direction, in Direction's order; and which of them have a gradient.
 Arguments = tuple[Any, ...]
@@ -141,6 +142,18 @@ def run_direction(function: Any, direction_args: Arguments, wanted: list[bool]) 
     for k, (tensor, gradient) in enumerate(zip(inputs, gradients)):
         found[f"gradient {k}"] = torch.zeros_like(tensor) if gradient is None else gradient
     return found
+
+
+def assert_the_operator_is_the_plain_loop(direction_args: Arguments, wanted: list[bool]) -> None:
+    """Results and gradients, with and without what the backward needs."""
+    expected = run_direction(plain_direction, direction_args, wanted)
+    actual = run_direction(fused_direction, direction_args, wanted)
+    with torch.no_grad():
+        unsaved = fused_direction(*direction_args)
+    assert_close(actual, expected, 1e-12)
+    names = ("output", "h_n", "c_n")
+    assert_close(dict(zip(names, unsaved)), {name: actual[name] for name in names}, 1e-12)
+    assert all(part.is_contiguous() for part in unsaved)
 
 
 @contextmanager
