@@ -77,7 +77,7 @@ def test_every_contender_gives_the_answer_of_nn_lstm(case: Case, mode: str) -> N
     expected = run_once(official_contender(w), mode)
     builds = {name: peer.build for name, peer in PEERS.items() if peer.installed()}
     built = {"ours": our_contender(w), **{name: build(w) for name, build in builds.items()}}
-    assert sum(contender is not None for contender in built.values()) >= 4
+    assert sum(contender is not None for contender in built.values()) >= 3
     for contender in built.values():
         if contender is not None:
             check_answer(run_once(contender, mode), expected)
