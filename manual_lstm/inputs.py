@@ -38,7 +38,7 @@ class Layer(Protocol):
     input_size: int
     proj_size: int
     batch_first: bool
-    _weight_names: list[list[str]]
+    _all_weights: list[list[str]]
     _sample_hooks: dict[int, Any] | None
 
     def _cell_is_changed(self) -> bool: ...
@@ -308,7 +308,7 @@ def _check_alike(
     else:
         return
     names = ["input", "h_0", "c_0"]
-    for w, weight_names in zip(weights, layer._weight_names):
+    for w, weight_names in zip(weights, layer._all_weights):
         suffix = weight_names[0].removeprefix("weight_ih")  # _l0, _l0_reverse, ...
         names += [kind + suffix for kind in w]
     for name, tensor in zip(names, tensors):

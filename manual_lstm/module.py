@@ -7,10 +7,11 @@ and out by the door again.
 import inspect
 import math
 import numbers
+import operator
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,16 @@ from manual_lstm.engine.convert import install_state, manual_state, official_sta
 from manual_lstm.engine.custom import CellWeights, of_each_step, prepare_custom
 from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_owner
 from manual_lstm.engine.stack import DEFAULT_OPTIONS, CallOptions, run_stack
+from manual_lstm.engine.weights import (
+    Assigned,
+    FlatWeights,
+    assign_flat_weights,
+    count_directions,
+    flat_names,
+    kind_of,
+    read_weights,
+    weight_shapes,
+)
 from manual_lstm.inputs import Inputs, enter
 from manual_lstm.loop import project
 from manual_lstm.unrolled.request import Request, request_of
@@ -111,6 +122,8 @@ class ManualLSTM(nn.Module):
 
     # The cell's own parameters of each direction: their names in w, and the names of the parameters.
     _own_names: Sequence[dict[str, str]] = ()
+    # What _flat_weights was assigned, if that is not the layer's weights.
+    _assigned: Assigned | None = None
     # The objects of Opacus whose hooks were registered, by the ids of their handles.
     _sample_hooks: dict[int, Any] | None = None
 
@@ -141,23 +154,23 @@ class ManualLSTM(nn.Module):
         _check_arguments(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
+        self._assigned = None
         self.mode = "LSTM"
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.num_layers = num_layers
+        self.num_layers = num_layers = operator.index(num_layers)  # numpy's integers, for example
         self.bias = bias
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        self.proj_size = proj_size
+        self.proj_size = operator.index(proj_size)
 
-        # By name, because a parametrized, pruned or replicated weight is not in self._parameters.
-        self._weight_names: list[list[str]] = []  # L * D lists
+        self._all_weights: list[list[str]] = []  # the names of the weights, L * D lists
         for layer in range(num_layers):
             for suffix in ["", "_reverse"] if bidirectional else [""]:
-                shapes = self._weight_shapes(layer)
+                shapes = weight_shapes(self, layer)
                 names = {kind: f"{kind}_l{layer}{suffix}" for kind in shapes}
-                self._weight_names.append(list(names.values()))
+                self._all_weights.append(list(names.values()))
                 for kind, shape in shapes.items():
                     weight = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(names[kind], Parameter(weight))
@@ -243,21 +256,6 @@ class ManualLSTM(nn.Module):
         install_state(lstm, official_state(self), self)
         return lstm
 
-    def _weight_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """The kinds and shapes of one direction's weights, in the order of nn.LSTM."""
-        H, P = self.hidden_size, self.proj_size
-        D = 2 if self.bidirectional else 1
-        features = self.input_size if layer == 0 else D * (P or H)
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight_ih": (4 * H, features),
-            "weight_hh": (4 * H, P or H),
-        }
-        if self.bias:
-            shapes |= {"bias_ih": (4 * H,), "bias_hh": (4 * H,)}
-        if P:
-            shapes["weight_hr"] = (P, H)
-        return shapes
-
     def reset_parameters(self) -> None:
         r"""Draw every parameter from :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, in nn.LSTM's order."""
         bound = 1.0 / math.sqrt(self.hidden_size)
@@ -274,7 +272,29 @@ class ManualLSTM(nn.Module):
     @property
     def all_weights(self) -> list[list[Parameter]]:
         """The weights, one list for each layer and direction."""
-        return [[getattr(self, name) for name in names] for names in self._weight_names]
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return flat_names(self)
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return FlatWeights(self)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Iterable[Tensor | None]) -> None:
+        assign_flat_weights(self, weights)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._assigned = None  # as nn.LSTM
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state, "_assigned": None}  # as nn.LSTM
+        if "_weight_names" in state:  # an older version has saved the layer
+            state["_all_weights"] = state.pop("_weight_names")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def flatten_parameters(self) -> None:
         """Do nothing. nn.LSTM makes its weights contiguous for cuDNN; this layer does not need that."""
@@ -378,17 +398,8 @@ class ManualLSTM(nn.Module):
         return request.unrolled(answer)
 
     def _weights(self) -> list[dict[str, Tensor]]:
-        """The weights of each direction by kind, and the cell's own parameters.
-
-        Each is read once, because a parametrized weight is computed at every reading.
-        """
-        parameters = self._parameters
-        weights: list[dict[str, Any]] = []
-        for names in self._weight_names:
-            w = {}
-            for name in names:
-                w[_kind(name)] = parameters[name] if name in parameters else getattr(self, name)
-            weights.append(w)
+        """The weights of each direction by kind, and the cell's own parameters."""
+        weights = read_weights(self, check_shapes=not self._cell_is_changed())
         for w, own in zip(weights, self._own_names):
             w.update((kind, getattr(self, name)) for kind, name in own.items())
         return weights
@@ -404,8 +415,8 @@ class ManualLSTM(nn.Module):
                     f"{'a changed cell' if changed else 'unroll'}; vmap(grad(...)) takes both"
                 )
             parameters = [
-                {_kind(name): self._parameters.get(name) for name in names}
-                for names in self._weight_names
+                {kind_of(name): self._parameters.get(name) for name in names}
+                for names in self._all_weights
             ]
             return CallOptions(
                 opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size())
@@ -557,7 +568,7 @@ class ManualLSTM(nn.Module):
         """The names of the cell's own parameters for each direction, and the parameters."""
         own_names: list[dict[str, str]] = []
         parameters: dict[str, Parameter] = {}
-        for weight_names in self._weight_names:
+        for weight_names in self._all_weights:
             suffix = weight_names[0].removeprefix("weight_ih")  # _l0, _l0_reverse, ...
             values = self.cell_parameters()
             own_names.append({kind: kind + suffix for kind in values})
@@ -593,7 +604,7 @@ class ManualLSTM(nn.Module):
     ) -> tuple[int, int, int]:
         """Return the shape that h_0 should have, ``(L * D, B, P or H)``."""
         B = self._batch_size(input, batch_sizes)
-        return len(self._weight_names), B, self.proj_size or self.hidden_size
+        return count_directions(self), B, self.proj_size or self.hidden_size
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """Return the shape that c_0 should have, ``(L * D, B, H)``.
@@ -615,7 +626,7 @@ class ManualLSTM(nn.Module):
             >>> c_n.shape
             torch.Size([1, 3, 40])
         """
-        return len(self._weight_names), self._batch_size(input, batch_sizes), self.hidden_size
+        return count_directions(self), self._batch_size(input, batch_sizes), self.hidden_size
 
     def _batch_size(self, input: Tensor, batch_sizes: Tensor | None) -> int:
         if batch_sizes is None:
@@ -671,11 +682,6 @@ _OVERRIDABLE = frozenset(("cell", "project", "per_sequence", "per_step"))
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
 
 
-def _kind(name: str) -> str:
-    """The kind of a weight: ``weight_ih`` of ``weight_ih_l0_reverse``."""
-    return name[: name.index("_l")]
-
-
 def _check_arguments(
     input_size: Any,
     hidden_size: Any,
@@ -723,10 +729,22 @@ def _check_arguments(
             f"proj_size should be smaller than hidden_size, {hidden_size}, but got {proj_size}"
         )
     for name, size in (("num_layers", num_layers), ("proj_size", proj_size)):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
+        try:
+            operator.index(size)
+        except TypeError:
+            _refuse_size(name, size)
+        if isinstance(size, bool):  # nn.LSTM fails when it is called
+            _refuse_size(name, size)
 
 
 def _check_comparable(name: str, size: Any) -> None:
-    if not isinstance(size, numbers.Real):
-        raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
+    """Raise for what has no order, which nn.LSTM meets before it meets other mistakes."""
+    try:
+        size > 0  # noqa: B015
+    except TypeError:
+        _refuse_size(name, size)
+
+
+def _refuse_size(name: str, size: Any) -> NoReturn:
+    kind = type(size).__name__
+    raise TypeError(f"{name} should be an int, but got {size!r} ({kind})") from None

@@ -83,11 +83,11 @@ class _Stale(ManualLSTM):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if not hasattr(self, "_stale"):
-            self._stale = [getattr(self, name) for names in self._weight_names for name in names]
-        names = [name for names in self._weight_names for name in names]
+            self._stale = [getattr(self, name) for names in self._all_weights for name in names]
+        names = [name for names in self._all_weights for name in names]
         layer = ManualLSTM(self.input_size, self.hidden_size, dtype=self._stale[0].dtype)
         layer.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_")})
-        layer._weight_names = self._weight_names
+        layer._all_weights = self._all_weights
         return torch.func.functional_call(layer, dict(zip(names, self._stale)), (input, hx))
 
 

@@ -44,6 +44,7 @@ LAYER = (
     "unrolled.figures",
     "unrolled.result",
     "unrolled.request",
+    "engine.weights",
     "inputs",
     "engine.convert",
     "engine.constructor",

@@ -15,30 +15,40 @@ from torch import nn
 
 # Attributes that only one of the classes has. nn.LSTM keeps the names of its weights twice, and the
 # weights twice.
-_MANUAL_ONLY = {"_weight_names", "_own_names", "_sample_hooks"}
-_OFFICIAL_ONLY = {"_all_weights", "_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
+_MANUAL_ONLY = {"_assigned", "_own_names", "_sample_hooks"}
+_OFFICIAL_ONLY = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
 
 
 def manual_state(lstm: nn.LSTM) -> dict[str, Any]:
     """Return the ``__dict__`` that makes ``lstm`` a ManualLSTM. Lists of its own are new."""
     state = {key: value for key, value in vars(lstm).items() if key not in _OFFICIAL_ONLY}
-    state["_weight_names"] = [list(names) for names in lstm._all_weights]
+    state["_all_weights"] = [list(names) for names in lstm._all_weights]
+    own = _attributes(lstm)
+    same = all(weight is mine for weight, mine in zip(lstm._flat_weights, own))
+    # nn.LSTM forgets what _flat_weights was assigned when a weight has changed.
+    forgotten = same or lstm._weights_have_changed()  # type: ignore[no-untyped-call]
+    state["_assigned"] = None if forgotten else (list(lstm._flat_weights), own)
     return state
 
 
 def official_state(layer: Any) -> dict[str, Any]:
     """Return the ``__dict__`` that makes a ManualLSTM an nn.LSTM. Lists of its own are new."""
     state = {key: value for key, value in vars(layer).items() if key not in _MANUAL_ONLY}
-    state["_all_weights"] = [list(names) for names in layer._weight_names]
-    state["_flat_weights_names"] = [name for names in layer._weight_names for name in names]
-    weights = [getattr(layer, name, None) for name in state["_flat_weights_names"]]
-    state["_flat_weights"] = weights
+    state["_all_weights"] = [list(names) for names in layer._all_weights]
+    state["_flat_weights_names"] = layer._flat_weights_names
+    state["_flat_weights"] = weights = _attributes(layer)
     # torch.load calls __setstate__ for a saved layer: it adds what this version of nn.LSTM needs.
     lstm = nn.LSTM.__new__(nn.LSTM)
     lstm.__setstate__(state)  # type: ignore[no-untyped-call]
     if _have_own_memory(weights):
         lstm.flatten_parameters()  # on CUDA, into one chunk for cuDNN
+    if layer._assigned is not None:
+        lstm._flat_weights = list(layer._flat_weights)
     return vars(lstm)
+
+
+def _attributes(layer: Any) -> list[Any]:
+    return [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
 def _have_own_memory(weights: list[Any]) -> bool:

@@ -92,7 +92,7 @@ def run_stack(
     steps: list[AllSteps] = []
     outputs: list[Tensor] = []  # of the directions of one layer
     for k, w in enumerate(weights):
-        if dropout > 0 and k > 0 and k % D == 0:  # another layer begins
+        if dropout != 0 and k > 0 and k % D == 0:  # another layer begins
             x = torch.dropout(x, dropout, train=True)
         bias = w["bias_ih"] + w["bias_hh"] if "bias_ih" in w else None
         d = Direction(

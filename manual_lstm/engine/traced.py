@@ -28,7 +28,7 @@ def run_traced(
     """
     flat = [w[kind] for w in weights for kind in _KINDS if kind in w]
     has_biases = "bias_ih" in weights[0]
-    options = has_biases, len(weights) // D, dropout, dropout > 0, D == 2
+    options = has_biases, len(weights) // D, dropout, dropout != 0, D == 2
     if batch_sizes is None:
         return torch.lstm(x, (h_0, c_0), flat, *options, False)
     return torch.lstm(x, batch_sizes, (h_0, c_0), flat, *options)
