@@ -561,7 +561,7 @@ class ManualLSTM(nn.Module):
             or cls.project is not _PROJECT
             or cls.per_sequence is not _PER_SEQUENCE
             or cls.per_step is not _PER_STEP
-            or not _OVERRIDABLE.isdisjoint(self.__dict__)
+            or any(name in self.__dict__ for name in _OVERRIDABLE)
         )
 
     def _own_parameters(self) -> tuple[list[dict[str, str]], dict[str, Parameter]]:
@@ -678,7 +678,7 @@ class ManualLSTM(nn.Module):
 _CELL, _PROJECT = ManualLSTM.cell, ManualLSTM.project
 _PER_SEQUENCE, _PER_STEP = ManualLSTM.per_sequence, ManualLSTM.per_step
 _PARTS = ("_parameters", "_buffers", "_modules")  # where a module keeps what has names of its own
-_OVERRIDABLE = frozenset(("cell", "project", "per_sequence", "per_step"))
+_OVERRIDABLE = ("cell", "project", "per_sequence", "per_step")
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
 
 

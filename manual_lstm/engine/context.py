@@ -47,7 +47,8 @@ is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Whether torch.jit.trace is watching. Sizes are symbolic there.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
+# torch.compiler.is_exporting() is true under plain torch.compile, too, before torch 2.12.
+_knows_export = hasattr(torch.compiler, "_is_exporting_flag")
 
 # The kinds of tensor that an operator takes: torch's own, or fake ones, which have no numbers. It
 # does not take both together, nor other subclasses, which know only torch's own operators.
@@ -72,6 +73,10 @@ _is_legacy_batched: Callable[[Tensor], bool] | None = getattr(
 # Whether autocast is on for any device.
 _any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
 _NO_BLOCK = nullcontext()
+# Dynamo of torch 2.11 and before does not trace the question which devices have autocast.
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
 
 _thread = threading.local()
 # Set here, so that compiled code of this thread need not guard on a missing attribute. Calls read only
@@ -114,6 +119,11 @@ def plain_loop() -> Iterator[None]:
 def in_plain_loop() -> bool:
     """Whether this thread is inside :func:`plain_loop`."""
     return getattr(_thread, "plain_loop", False)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work."""
+    return bool(torch.compiler._is_exporting_flag) if _knows_export else is_compiling()
 
 
 def transforms_active() -> bool:
@@ -218,10 +228,16 @@ def profiled(name: str) -> AbstractContextManager[Any]:
     return _NO_BLOCK
 
 
+def _has_autocast(device: str) -> bool:
+    if is_compiling():
+        return device in _AUTOCAST_DEVICES
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype to which autocast casts on this device, ``None`` where it is off."""
     if _any_autocast is not None and not is_compiling() and not _any_autocast():
         return None
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -21,8 +21,7 @@ from manual_lstm.engine.dispatch import Loop, choose_backward
 from manual_lstm.engine.fused import direction
 from manual_lstm.engine.sample_gradients import batch_gradients, by_sample, sample_gradients
 
-# Dimensions of the samples in the results: in rows before the features, in weights the first.
-_RESULT_DIMS = (-2,) * 5  # output, h_n, c_n, gates, cells
+# Dimensions of the samples in the gradients: in rows before the features, in weights the first.
 _GRADIENT_DIMS = Gradients(x=-2, h_0=-2, c_0=-2, weight_ih=0, weight_hh=0, bias=0, weight_hr=0)
 
 
@@ -62,7 +61,8 @@ class _Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         v = info.batch_size
         d = _samples_to_rows(Direction(*arguments), Direction(*in_dims), v)  # type: ignore[arg-type]
-        return tuple(by_sample(result, v) for result in _apply(_Forward, *d)), _RESULT_DIMS
+        results = tuple(by_sample(result, v) for result in _apply(_Forward, *d))
+        return results, tuple(result.dim() - 2 for result in results)
 
 
 class _Backward(torch.autograd.Function):
@@ -122,7 +122,9 @@ class _Backward(torch.autograd.Function):
             for t, dim in zip((gates, cells, *grads), (gates_dim, cells_dim, *grad_dims))
         ]
         d_x, d_h, d_c, *weights = _apply(_Backward, v, *d, *rows)
-        return (*(by_sample(t, v) for t in (d_x, d_h, d_c)), *weights), tuple(_GRADIENT_DIMS)
+        values = (*(by_sample(t, v) for t in (d_x, d_h, d_c)), *weights)
+        # torch 2.10 and before takes no negative dimensions here.
+        return values, tuple(dim % value.dim() for dim, value in zip(_GRADIENT_DIMS, values))
 
 
 def _plain(v: int | None, d: Direction, grads: Sequence[Tensor]) -> Gradients:
