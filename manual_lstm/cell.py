@@ -69,7 +69,7 @@ def lstm_cell(x_t: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, weight_hr: T
 
 def add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """Return :math:`x + h W^T`, for ``[b, N]``, ``[b, K]`` and ``[N, K]``. See :func:`product`."""
-    if weight.dtype == h.dtype:
+    if weight.dtype == h.dtype and not is_subclass(weight):
         return torch.addmm(x, h, weight.t())
     return x + product(h, weight)
 
@@ -78,11 +78,19 @@ def product(h: Tensor, weight: Tensor) -> Tensor:
     """Return :math:`h W^T`, for ``[b, K]`` and ``[N, K]``, in the dtype of ``h``.
 
     A weight of another dtype, of low precision where a layer takes one step, is multiplied in its own.
-    There ``h`` may have more dimensions.
+    There ``h`` may have more dimensions, and also where the weight is a subclass of Tensor (quantized,
+    for example), of which only :func:`torch.nn.functional.linear` is asked.
     """
+    if is_subclass(weight):
+        return linear(h, weight)
     if weight.dtype == h.dtype:
         return torch.mm(h, weight.t())
     return linear(h.to(weight.dtype), weight).to(h.dtype)
+
+
+def is_subclass(weight: Tensor) -> bool:
+    """Whether the weight stands for other tensors, as torchao's and DTensor do."""
+    return hasattr(type(weight), "__tensor_flatten__")
 
 
 def gates(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from manual_lstm.cell import Step, lstm_cell, product
+from manual_lstm.cell import Step, is_subclass, lstm_cell, product
 from manual_lstm.engine.context import is_tracing
 from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.gemm import with_columns_of_zeros
@@ -58,8 +58,9 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
     outputs: list[Tensor] = []
     kept: list[Step] = []
     T = len(inputs)
+    aliases = T > _STEPS_OF_AN_ALIAS and not is_subclass(weight_hh)
     for k, t in enumerate(steps.order(T)):
-        if T > _STEPS_OF_AN_ALIAS and k % _STEPS_OF_AN_ALIAS == 0:
+        if aliases and k % _STEPS_OF_AN_ALIAS == 0:
             weight_hh = d.weight_hh.view_as(d.weight_hh)
         before = steps.under_way(t, h), steps.under_way(t, c)  # [b, P or H] and [b, H]
         step = cell(inputs[t], *before, weight_hh, d.weight_hr, *(each[t] for each in others))
@@ -107,7 +108,7 @@ def prepare_lstm(d: Direction) -> Prepared:
 
 def project(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """The input's part of the gates for all steps, one product: ``[..., I]`` to ``[..., 4H]``."""
-    if weight_ih.dtype != x.dtype:
+    if weight_ih.dtype != x.dtype or is_subclass(weight_ih):
         a = product(x, weight_ih)
         return a if bias is None else a + bias
     return linear(*with_columns_of_zeros(x, weight_ih), bias)

@@ -262,7 +262,7 @@ def test_the_readme_shows_the_tables() -> None:
         lines = part[: part.index("\n\n")].splitlines()[1:]
         cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
         assert f"\n{len(lines)} features work with {which}:\n" in readme
-        assert {ours for _, ours, _ in cells} == {table.YES}
+        assert all(ours.startswith(table.YES) for _, ours, _ in cells)
         assert {theirs == table.YES for _, _, theirs in cells} == {which == "both"}
         labels = [label for label, _, _ in cells]
         assert labels == [label for label in order if label in labels]

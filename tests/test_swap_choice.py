@@ -142,15 +142,68 @@ def test_layers_of_other_kinds_are_passed_over_silently() -> None:
 
     LSTM = type("LSTM", (Mine,), {})  # the name alone means nothing
     traced = torch.jit.trace(type("LSTM", (nn.Linear,), {})(3, 4), torch.zeros(2, 3))  # type: ignore[no-untyped-call]
-    model = nn.Sequential(
-        nn.GRU(3, 4), nn.RNN(3, 4), nn.LSTMCell(3, 4), nn.Linear(1, 1), LSTM(), traced
-    )
+    model = nn.Sequential(nn.GRU(3, 4), nn.RNN(3, 4), nn.Linear(1, 1), LSTM(), traced)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replace_lstm(model)
-    assert [type(m).__name__ for m in model][:5] == ["GRU", "RNN", "LSTMCell", "Linear", "LSTM"]
-    assert isinstance(model[4].inside, ManualLSTM)
-    assert model[5] is traced
+    assert [type(m).__name__ for m in model][:4] == ["GRU", "RNN", "Linear", "LSTM"]
+    assert isinstance(model[3].inside, ManualLSTM)
+    assert model[4] is traced
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, lstm: bool) -> None:
+        super().__init__()
+        self.encoder = nn.GRU(3, 4)
+        self.steps = nn.ModuleList([nn.LSTMCell(3, 4), nn.LSTMCell(4, 4)])
+        self.head = nn.Linear(4, 1)
+        if lstm:
+            self.decoder = nn.LSTM(3, 4)
+
+
+def _warnings_of(call: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_model_without_an_lstm_is_told_what_it_has_instead() -> None:
+    (text,) = _warnings_of(lambda: replace_lstm(_Recurrent(lstm=False)))
+    for shown in ("no nn.LSTM", "GRU: encoder", "LSTMCell: steps.0, steps.1", "plain Python list"):
+        assert shown in text
+    (text,) = _warnings_of(lambda: replace_lstm(nn.Linear(3, 4)))
+    assert "no other recurrent layer" in text
+    assert "LSTMCell" not in text
+
+
+def test_an_lstm_cell_beside_an_lstm_is_named_once() -> None:
+    model = _Recurrent(lstm=True)
+    (text,) = _warnings_of(lambda: replace_lstm(model))
+    assert "LSTMCell: steps.0, steps.1" in text
+    assert "GRU" not in text
+    assert type(model.get_submodule("decoder")) is ManualLSTM
+    assert type(model.steps[0]) is nn.LSTMCell
+    assert not _warnings_of(lambda: replace_lstm(model))
+    assert not _warnings_of(lambda: restore_lstm(model))
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+def test_what_chooses_nothing_does_not_warn(lstm: bool) -> None:
+    model = _Recurrent(lstm)
+    assert not _warnings_of(lambda: restore_lstm(model))
+    assert not _warnings_of(lambda: find_lstm(model))
+    assert not _warnings_of(lambda: replace_lstm(model, filter_fn=lambda layer, path: False))
+
+
+def test_that_warning_made_an_error_changes_nothing() -> None:
+    model = _Recurrent(lstm=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="LSTMCell"):
+            replace_lstm(model)
+    assert type(model.decoder) is nn.LSTM
 
 
 # All or nothing.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from manual_lstm import ManualLSTM
+from manual_lstm.cells import CoupledLSTM
 
 
 class _Packing(nn.Module):
@@ -56,6 +57,34 @@ def test_a_trace_of_no_steps() -> None:
     layer, x = ManualLSTM(3, 4), torch.randn(0, 2, 3)  # nn.LSTM's operator refuses these
     traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_changed_cell_is_recorded_and_says_so() -> None:
+    layer, x = CoupledLSTM(3, 4), torch.randn(5, 2, 3)
+    with pytest.warns(torch.jit.TracerWarning, match="records the 5 steps of its example"):  # type: ignore[attr-defined]
+        traced: Any = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), layer(x))
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert kinds.count("aten::lstm") == 0
+    assert kinds.count("aten::tanh") == 2 * 5
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_unroll_records_the_loop() -> None:
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ManualLSTM(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate: Tensor = self.layer.unroll(x).f[0]
+            return gate
+
+    model, x = Gates(), torch.randn(5, 2, 3)
+    traced: Any = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(2 * x), model(2 * x))
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert kinds.count("aten::lstm") == 0
 
 
 @pytest.mark.optional

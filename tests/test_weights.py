@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.utils.rnn import pack_sequence
 
 from manual_lstm import ManualLSTM, replace_lstm, restore_lstm
 from tests.helpers.layers import DEEP, make_layer, randn
@@ -140,7 +141,9 @@ def test_a_weight_of_another_size_is_named_and_one_that_fits_the_attributes_is_t
     with pytest.raises(RuntimeError, match=r"weight_hh_l1 should be of size \[16, 4\].*\[16, 5\]"):
         layer(randn(5, 2, 3))
     layer = make_layer()
-    layer.weight_ih_l0 = nn.Parameter(torch.cat([layer.get_parameter("weight_ih_l0"), randn(16, 2)], dim=1))
+    layer.weight_ih_l0 = nn.Parameter(
+        torch.cat([layer.get_parameter("weight_ih_l0"), randn(16, 2)], dim=1)
+    )
     with pytest.raises(RuntimeError, match="input_size=5, but got input_size=3"):
         layer(randn(5, 2, 5))
     layer.input_size = 5
@@ -290,3 +293,59 @@ def test_what_would_have_no_effect_raises() -> None:
     layer._flat_weights = layer._flat_weights[:2]
     with pytest.raises(RuntimeError, match=r"bias_ih_l0 should be of size \[16\], but got None"):
         layer(randn(5, 2, 3))
+
+
+# Weights that are a subclass of Tensor, as those of torchao and DTensor.
+
+
+class _Halves(Tensor):
+    """A weight kept as its half, which knows only linear."""
+
+    part: Tensor
+
+    @staticmethod
+    def __new__(cls, part: Tensor) -> "_Halves":
+        return torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype)
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part
+
+    def __tensor_flatten__(self) -> Any:
+        return ["part"], None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight, bias = (*args, None)[:3]
+            return func(x, 2 * weight.part, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].part)
+        raise NotImplementedError(f"{func} of such a weight")
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "batch_first": True}, DEEP], ids=str)
+def test_a_weight_of_a_subclass_of_tensor_works_where_linear_does(options: dict[str, Any]) -> None:
+    layer = make_layer(**options).requires_grad_(False)
+    x, packed = randn(5, 2, 3), pack_sequence([randn(4, 3), randn(2, 3)])
+    calls: list[Callable[[], Any]] = [
+        lambda: layer(x),
+        lambda: layer(x[:1, :1]),
+        lambda: layer(packed),
+        lambda: layer(x[0]),
+        lambda: tuple(layer.unroll(x).i),
+        lambda: layer(x.expand(-1, 2, -1).repeat(1, 100, 1)),
+    ]
+    expected = [call() for call in calls]
+    for name, weight in list(layer.named_parameters()):
+        if name.startswith("weight"):
+            setattr(layer, name, nn.Parameter(_Halves(weight / 2), requires_grad=False))
+    for call, answer in zip(calls, expected):
+        torch.testing.assert_close(call(), answer, rtol=0, atol=1e-12)
+    with pytest.raises(NotImplementedError):
+        nn.LSTM.forward(layer.to_lstm(), x)

@@ -37,6 +37,8 @@ try:
     scan_operator = scan
 except ImportError:
     scan_operator = None
+# Before torch 2.13, torch.compile refuses the scan of most cells: "scan might be aliasing the input".
+scan_compiles = torch.__version__ >= "2.13"  # which compares numbers: it is a TorchVersion
 # torch's registry of containers is not public yet; without it, transforms take Unrolled for a tuple.
 register_pytree_node: Callable[..., None] | None
 try:

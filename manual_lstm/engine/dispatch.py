@@ -15,6 +15,7 @@ from manual_lstm.engine.context import (
     is_grad_enabled,
     is_tracing,
     only_vmap_and_grad,
+    scan_compiles,
     scan_operator,
     traced_number,
     transforms_active,
@@ -70,7 +71,7 @@ def choose(
         if is_exporting():
             return Loop.SCAN
         # Dynamo does not trace scan under a transform, and Inductor not without a step.
-        if changed and T > 1 and not transforms_active():
+        if changed and scan_compiles and T > 1 and not transforms_active():
             return Loop.SCAN
     if changed or (keep and (is_grad_enabled() or is_tracing() or transforms_active())):
         return Loop.PLAIN

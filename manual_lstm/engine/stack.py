@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.context import is_compiling
+from manual_lstm.engine.context import is_compiling, is_tracing
 from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.dispatch import Loop, choose
 from manual_lstm.engine.fused import run_fused
 from manual_lstm.engine.opacus import OpacusCall
 from manual_lstm.engine.scan import run_scan
-from manual_lstm.engine.traced import run_traced
+from manual_lstm.engine.traced import run_traced, warn_of_recorded_steps
 from manual_lstm.engine.vmap import run_vmap
 from manual_lstm.loop import Prepare, run_plain
 
@@ -84,6 +84,8 @@ def run_stack(
     )
     if loop is Loop.TRACED:
         return Answer(*run_traced(x, batch_sizes, h_0, c_0, weights, D, dropout))
+    if options.cells is not None and is_tracing():
+        warn_of_recorded_steps((x if batch_sizes is None else batch_sizes).size(0))
 
     h_first = _rows(h_0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]

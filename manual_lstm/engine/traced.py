@@ -4,10 +4,13 @@ A trace is written for other programs, which know that operator. It serves every
 where recorded steps would be as many as the example has.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from manual_lstm.engine.context import traced_number
 
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # in the operator's order
 
@@ -32,3 +35,13 @@ def run_traced(
     if batch_sizes is None:
         return torch.lstm(x, (h_0, c_0), flat, *options, False)
     return torch.lstm(x, batch_sizes, (h_0, c_0), flat, *options)
+
+
+def warn_of_recorded_steps(T: int) -> None:
+    """Warn that a trace of a changed cell, for which there is no operator, serves one length only."""
+    warnings.warn(
+        f"the cell is changed, so torch.jit.trace records the {traced_number(T)} steps of its example: "
+        "the trace serves sequences of this length only. torch.export records a loop for every length",
+        torch.jit.TracerWarning,  # type: ignore[attr-defined]
+        stacklevel=2,
+    )

@@ -72,7 +72,8 @@ class ReportRow:
     """A feature of PyTorch, and the check that a layer works with it."""
 
     label: str
-    check: Callable[[Setting], None]  # raises what PyTorch raised, or AssertionError
+    # Raises what PyTorch raised, or AssertionError. May return what the table shows beside the tick.
+    check: Callable[[Setting], str | None]
     packed: bool = False  # whether the check is made with packed input too
     needs: tuple[str, ...] = ()  # the packages it imports
     slow: bool = False  # takes ten seconds or more, so that tests try fewer settings
@@ -82,10 +83,10 @@ class ReportRow:
         """Return the packages it needs that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
-    def run(self, setting: Setting) -> None:
-        """Make the check in each dtype."""
-        for dtype in self.dtypes or (setting.dtype,):
-            self.check(setting.with_changes(dtype=dtype))
+    def run(self, setting: Setting) -> str:
+        """Make the check in each dtype; return what the table shows beside the tick."""
+        notes = [self.check(setting.with_changes(dtype=t)) for t in self.dtypes or (setting.dtype,)]
+        return notes[-1] or ""
 
 
 class MissingRequirement(Exception):

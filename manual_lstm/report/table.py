@@ -60,9 +60,9 @@ class RowOutcome(NamedTuple):
         """The heading of the table that the row belongs to."""
         if self.manual.startswith("needs "):
             return UNTRIED
-        if self.manual != YES:
+        if not self.manual.startswith(YES):
             return MANUAL_FAILS
-        return BOTH_DO if self.official == YES else OFFICIAL_REFUSES
+        return BOTH_DO if self.official.startswith(YES) else OFFICIAL_REFUSES
 
 
 def print_report(device: str = "cpu") -> bool:
@@ -98,19 +98,20 @@ def _print_table(heading: str, outcomes: list[RowOutcome]) -> None:
 
 
 def outcome_of(row: ReportRow, make: Callable[..., nn.Module], device: str) -> str:
-    """Return a tick, what the machine lacks, or the first line of what was raised."""
+    """Return a tick and a note, what the machine lacks, or the first line of what was raised."""
+    note = ""
     if row.missing():
         return f"needs {', '.join(row.missing())}, not installed"
     for packed in (False, True) if row.packed else (False,):
         try:
             with silence(), torch.random.fork_rng():
-                row.run(Setting(make, OPTIONS, packed=packed, device=device))
+                note = row.run(Setting(make, OPTIONS, packed=packed, device=device))
         except MissingRequirement as missing:
             return f"needs {missing}"
         except Exception as error:
             lines = str(error).strip().splitlines()
             return f"{'packed: ' if packed else ''}{type(error).__name__}: {lines[0] if lines else ''}"
-    return YES
+    return f"{YES} {note}".strip()
 
 
 def _cell(text: str, most: int = 90) -> str:

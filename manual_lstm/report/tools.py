@@ -1,9 +1,13 @@
 """Rows on tools that inspect a model: flop counter, profiler, summary."""
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from manual_lstm.check.parity import data_of
 from manual_lstm.report.function import FLOATS, LayerFunction
 from manual_lstm.report.row import ReportRow, Setting
 
@@ -52,8 +56,41 @@ def check_torchinfo(setting: Setting) -> None:
     assert counts[0][0] == expected, f"{counts[0][0]} parameters, not {expected}"
 
 
+def check_torchao(setting: Setting) -> str:
+    """torchao's int8 weights: dense or packed input, one step, and unroll where the layer has it.
+
+    Returns:
+        The largest differences from float32, weight-only and with dynamic activations.
+    """
+    from torchao.quantization import (
+        FqnToConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
+
+    setting = setting.with_changes(I=32, H=64, dtype=torch.float32)
+    input, one_step = setting.input(), setting.dense()[:1]
+    errors = []
+    for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
+        model = nn.Sequential(setting.layer()).eval()
+        layer: Any = model[0]
+        with torch.no_grad():
+            expected = data_of(layer(input)[0]), layer(one_step)[0]
+            quantize_(model, FqnToConfig({r"re:.*weight_.*": config}), filter_fn=None)
+            actual = data_of(layer(input)[0]), layer(one_step)[0]
+            error = max(float((a - b).abs().max()) for a, b in zip(actual, expected))
+            assert 0 < error < 0.02, f"the output differs by {error:.1e} from that in float32"
+            errors.append(f"{error:.0e}")
+            if hasattr(layer, "unroll"):
+                unrolled = data_of(layer.unroll(input).output)
+                assert torch.allclose(unrolled, actual[0], atol=1e-5), "unroll differs from the call"
+    return f"error {errors[0]}, dynamic {errors[1]}"
+
+
 ROWS = [
     ReportRow("flop_counter", check_flops, packed=True, dtypes=FLOATS),
     ReportRow("torch.profiler", check_profiler, packed=True, dtypes=FLOATS),
     ReportRow("torchinfo", check_torchinfo, needs=("torchinfo",)),
+    ReportRow("torchao, int8 weights", check_torchao, packed=True, needs=("torchao",)),
 ]

@@ -53,7 +53,9 @@ def replace_lstm(
     Only layers whose class is exactly nn.LSTM are replaced. A subclass, a layer with
     parametrizations, a layer whose ``forward`` was replaced on the object, a TorchScript layer and a
     quantized layer are left as they are, with a warning that names the layer and the reason. Layers
-    that only a plain Python list holds are not part of the model, as everywhere in torch.
+    that only a plain Python list holds are not part of the model, as everywhere in torch. A model
+    without any LSTM gets a warning that names its other recurrent layers; so does one that also has
+    nn.LSTMCells, which stay: they are steps of plain operations already.
 
     Args:
         model (nn.Module): the model, which may be an nn.LSTM itself.
@@ -92,6 +94,9 @@ def replace_lstm(
     if layer_class is not ManualLSTM:  # layers that are swapped already, to the class without a cell
         plain = _choose(model, ManualLSTM, filter_fn, target_modules)
         candidates += [c for c in plain if type(c.module) is ManualLSTM]
+    chosen_freely = filter_fn is None and target_modules is None
+    if candidates or (chosen_freely and not _paths(model)):
+        _warn_of_others(model, found=bool(candidates))
     _swap(candidates, layer_class, layer_class._state_from, layer_class._missing_after_swap)
     return model
 
@@ -165,6 +170,27 @@ def _swap(
         for module, old_cls, old_state in changed:
             _become(module, old_cls, old_state)
         raise
+
+
+def _warn_of_others(model: nn.Module, found: bool) -> None:
+    """Warn of an nn.LSTMCell, and of every other recurrent layer if no LSTM was found."""
+    others: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTMCell) or (
+            not found and isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        ):
+            others.setdefault(type(module).__name__, []).append(name or "the model itself")
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in others.items())
+    parts = []
+    if not found:
+        parts.append(f"there is no nn.LSTM in the model, but {listed or 'no other recurrent layer'}")
+        parts.append("layers that only a plain Python list holds cannot be seen (use nn.ModuleList)")
+    elif others:
+        parts.append(f"the model also has {listed}")
+    if "LSTMCell" in listed:
+        parts.append("an nn.LSTMCell stays as it is, being a step of plain operations already")
+    if parts:
+        warnings.warn("replace_lstm: " + "; ".join(parts), stacklevel=3)
 
 
 def _become(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def trees(draw: st.DrawFn) -> Tree:
         last.weight_hh_l0 = first.weight_hh_l0  # tied across layers
         last.to(first.all_weights[0][0].dtype)
 
-    others = st.sampled_from([nn.Linear(2, 2), nn.GRU(2, 2), nn.LSTMCell(2, 2), nn.Dropout()])
+    others = st.sampled_from([nn.Linear(2, 2), nn.GRU(2, 2), nn.RNNCell(2, 2), nn.Dropout()])
     leaves = others | st.sampled_from(lstms)
     nodes = st.recursive(
         leaves,
