@@ -118,3 +118,50 @@ def test_the_older_onnx_exporter_converts_the_trace(
     flat = [expected] if packing else [expected[0], *expected[1]]
     for actual, tensor in zip(results, flat, strict=True):
         torch.testing.assert_close(torch.from_numpy(actual), tensor)
+
+
+CONVERTED = pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str
+)
+
+
+class _Output(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)[0]
+        return output
+
+
+@pytest.mark.optional
+@pytest.mark.filterwarnings("ignore")
+@CONVERTED
+def test_openvino_converts_the_trace(options: dict[str, Any]) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = _Output(ManualLSTM(3, 4, **options)).eval()
+    compiled = openvino.compile_model(
+        openvino.convert_model(model, example_input=torch.randn(5, 2, 3)), "CPU"
+    )
+    x = torch.randn(9, 4, 3)
+    torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), model(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.optional
+@pytest.mark.filterwarnings("ignore")
+@CONVERTED
+def test_core_ml_converts_the_trace(options: dict[str, Any]) -> None:
+    coremltools = pytest.importorskip("coremltools")  # a conversion is all that Linux can do
+    some = coremltools.RangeDim(1, 50, default=5)
+    for shape in ((5, 2, 3), (some, some, 3)):
+        converted = []
+        for cls in (nn.LSTM, ManualLSTM):
+            traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+                _Output(cls(3, 4, **options)).eval(), torch.randn(5, 2, 3)
+            )
+            program = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=shape)])
+            operations = program._mil_program.functions["main"].operations
+            converted.append([operation.op_type for operation in operations])
+        assert "lstm" in converted[1]
+        assert converted[1] == converted[0]
