@@ -24,6 +24,7 @@ from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
+from manual_lstm.check.command import run_command
 
 EPILOG = """\
 python -m benchmarks                        everything, which takes a while
@@ -361,4 +362,4 @@ def _file(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

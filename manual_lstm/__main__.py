@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import torch
+
 from manual_lstm.check.checkpoint import (
     CheckpointError,
     FoundLSTM,
@@ -10,6 +12,7 @@ from manual_lstm.check.checkpoint import (
     find_lstms,
     load_checkpoint,
 )
+from manual_lstm.check.command import choose_rows, run_command
 from manual_lstm.check.parity import print_comparison
 
 
@@ -71,23 +74,56 @@ def _parser() -> argparse.ArgumentParser:
         description="Try the rest of PyTorch on nn.LSTM and ManualLSTM, and print what each raises. "
         "Takes minutes. Status 0 if ManualLSTM does all that can be tried here.",
     )
-    report.add_argument("--device", default="cpu", help="where the layers are: cpu, cuda, ...")
+    report.add_argument(
+        "row", nargs="*", help="only these rows: their names, or parts of them (default: all)"
+    )
+    report.add_argument("--list", action="store_true", help="list the rows, and try none")
+    report.add_argument(
+        "--device", type=_device, default="cpu", help="where the layers are: cpu, cuda, ..."
+    )
     return parser
+
+
+def _device(text: str) -> str:
+    """A device that this machine has."""
+    try:
+        torch.empty(1, device=text).tolist()
+    except Exception as error:  # each backend has its own for what it lacks
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        others = [name for name in ("cuda", "mps", "xpu") if _is_available(name)]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be used here, only {', '.join(['cpu', *others])} ({reason[:100]})"
+        ) from None
+    return text
+
+
+def _is_available(device: str) -> bool:
+    backend = getattr(torch, device, None) or getattr(torch.backends, device, None)
+    return backend is not None and bool(backend.is_available())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     if arguments.command == "check":
         agreements = [check_file(path) for path in arguments.file]  # a bad file does not stop the rest
         return 0 if all(agreements) else 1
     if arguments.command == "report":
         # Imported here because it imports compilers, distributed training and more.
-        from manual_lstm.report.table import print_report
+        from manual_lstm.report.table import ROWS, print_report
 
-        return 0 if print_report(arguments.device) else 1
+        labels = [row.label for row in ROWS]
+        if arguments.list:
+            print("\n".join(labels))
+            return 0
+        try:
+            chosen = choose_rows(arguments.row, labels) if arguments.row else labels
+        except ValueError as error:
+            parser.error(str(error))
+        return 0 if print_report(arguments.device, chosen) else 1
     return 0 if print_comparison() else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

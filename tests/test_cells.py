@@ -231,7 +231,8 @@ def test_as_an_error_it_changes_nothing() -> None:
         with pytest.raises(UserWarning, match="__init__"):
             replace_lstm(model, layer_class=Loud)
         assert [type(layer) for layer in model] == [nn.LSTM, nn.LSTM]
-        replace_lstm(nn.Linear(3, 3), layer_class=Loud)  # nothing to swap
+        swapped = nn.ModuleList([Silent(3, 4)])
+        replace_lstm(swapped, layer_class=Loud)  # nothing to swap
 
 
 @pytest.mark.parametrize(

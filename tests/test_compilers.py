@@ -15,6 +15,7 @@ from manual_lstm.report import compilers
 from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 from tests.helpers.grids import quick_sample
 from tests.helpers.rows import row_grid, run_row
+from tests.helpers.versions import compiles_packing
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -114,7 +115,7 @@ def test_fake_tensors_take_the_operator() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=compiles_packing)])
 def test_compiled_it_is_one_node_for_a_direction(options: dict[str, Any], packed: bool) -> None:
     layer = ManualLSTM(3, 4, **options, dtype=torch.float64)
     seen: list[str] = []

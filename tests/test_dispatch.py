@@ -25,6 +25,7 @@ from manual_lstm.report.row import Setting
 from tests.helpers.changed import every_recipe
 from tests.helpers.loops import always_plainly, counted, loops_chosen, runs_fused
 from tests.helpers.recipes import RECIPES
+from tests.helpers.versions import compiles_packing
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
@@ -274,6 +275,7 @@ def _choices() -> Iterator[Any]:
         for label, options in OPTIONS.items():
             late = label == "one layer" and name.startswith(("compile", "export"))
             marks = [pytest.mark.slow] if late else []
+            marks += [compiles_packing] if packed and name.startswith("compile") else []
             test_id = f"{name}{', packed' * packed}-{label}"
             yield pytest.param(context, packed, options, id=test_id, marks=marks)
 

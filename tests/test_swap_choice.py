@@ -174,7 +174,7 @@ def test_a_model_without_an_lstm_is_told_what_it_has_instead() -> None:
     for shown in ("no nn.LSTM", "GRU: encoder", "LSTMCell: steps.0, steps.1", "plain Python list"):
         assert shown in text
     (text,) = _warnings_of(lambda: replace_lstm(nn.Linear(3, 4)))
-    assert "no other recurrent layer" in text
+    assert "nor another recurrent layer" in text
     assert "LSTMCell" not in text
 
 

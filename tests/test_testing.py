@@ -211,7 +211,7 @@ def test_low_precision_is_measured_by_the_references_error(dtype: torch.dtype) -
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["torch.nn:LSTM", "--examples", "1", "--lacks", "packed", "proj_size"]) == 0
+    assert main(["torch.nn:LSTM", "--examples", "1", "--lacks", "packed,proj_size"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("LSTM: ")
     assert "  proj_size               lacks       declared\n" in printed

@@ -293,8 +293,8 @@ def call_onnx(session: Any, input: Sequence[Tensor], hx: State | None) -> tuple[
 def check_ahead_of_time(setting: Setting) -> None:
     """Compile to a library with AOTInductor, and run it on other shapes."""
     require_compiler()
-    if torch.__version__ < "2.12":
-        raise MissingRequirement("torch 2.12: before it, AOTInductor refuses scan")
+    if torch.__version__ < "2.13":
+        raise MissingRequirement("torch 2.13: before it, AOTInductor refuses scan")
     layer = setting.layer()
     program = export_program(setting, layer, hx=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,15 +4,15 @@ import io
 import logging
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from manual_lstm.check.command import Progress
 from manual_lstm.module import ManualLSTM
 from manual_lstm.report import (
     compilers,
@@ -65,21 +65,23 @@ class RowOutcome(NamedTuple):
         return BOTH_DO if self.official.startswith(YES) else OFFICIAL_REFUSES
 
 
-def print_report(device: str = "cpu") -> bool:
-    """Try all rows and print the tables; return whether ManualLSTM did all that could be tried.
+def print_report(device: str = "cpu", labels: Collection[str] | None = None) -> bool:
+    """Try rows and print the tables; return whether ManualLSTM did all that could be tried.
 
     The tables are printed at the end. Progress goes to stderr.
+
+    Args:
+        device: where the layers are.
+        labels: the rows to try; ``None`` for all.
     """
     print(f"torch {torch.__version__}, {sys.platform}, {device}, each layer with {OPTIONS}", flush=True)
-    outcomes = []
-    for number, row in enumerate(ROWS, start=1):
-        print(f"row {number} of {len(ROWS)}: {row.label} ...", end="", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        outcome = RowOutcome(
-            row.label, outcome_of(row, ManualLSTM, device), outcome_of(row, nn.LSTM, device)
-        )
-        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        outcomes.append(outcome)
+    rows = [row for row in ROWS if labels is None or row.label in labels]
+    outcomes, progress = [], Progress()
+    for number, row in enumerate(rows, start=1):
+        progress(number, len(rows), row.label)
+        manual, official = (outcome_of(row, make, device) for make in (ManualLSTM, nn.LSTM))
+        outcomes.append(RowOutcome(row.label, manual, official))
+    progress.end()
     for heading in HEADINGS:
         _print_table(heading, [outcome for outcome in outcomes if outcome.heading == heading])
     return all(outcome.heading != MANUAL_FAILS for outcome in outcomes)

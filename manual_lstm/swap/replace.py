@@ -183,7 +183,8 @@ def _warn_of_others(model: nn.Module, found: bool) -> None:
     listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in others.items())
     parts = []
     if not found:
-        parts.append(f"there is no nn.LSTM in the model, but {listed or 'no other recurrent layer'}")
+        instead = f"but {listed}" if listed else "nor another recurrent layer"
+        parts.append(f"there is no nn.LSTM in the model, {instead}")
         parts.append("layers that only a plain Python list holds cannot be seen (use nn.ModuleList)")
     elif others:
         parts.append(f"the model also has {listed}")

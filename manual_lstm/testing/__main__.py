@@ -5,13 +5,16 @@ import functools
 import pkgutil
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from manual_lstm import ManualLSTM
-from manual_lstm.testing import Conformance, check_lstm
+from manual_lstm.check.command import Progress, run_command
+from manual_lstm.module import ManualLSTM
+from manual_lstm.testing.conformance import Conformance, check_lstm
+from manual_lstm.testing.probes import PROBES
 
 
 def load_quantizable(layer: nn.Module, reference: nn.LSTM) -> None:
@@ -44,17 +47,22 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check_peer(label: str, max_examples: int = 30) -> Conformance | None:
-    """Check one of the peers; return None if it is not installed."""
+def check_peer(label: str, **options: Any) -> Conformance | None:
+    """Check one of the peers; return None if it is not installed.
+
+    Args:
+        label: its name in ``PEERS``.
+        options: arguments of :func:`check_lstm`.
+    """
     path, declared = PEERS[label]
     try:
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return None
-    arguments = dict(declared)
+    arguments = {**declared, **options}
     if "defaults" in arguments:
         factory = functools.partial(factory, **arguments.pop("defaults"))
-    return check_lstm(factory, label=label, max_examples=max_examples, **arguments)
+    return check_lstm(factory, label=label, **arguments)
 
 
 def side_by_side(reports: list[Conformance]) -> str:
@@ -65,34 +73,97 @@ def side_by_side(reports: list[Conformance]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _names(text: str) -> list[str]:
+    """Rows, with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROBES:
+            raise argparse.ArgumentTypeError(
+                f"no row is named {name!r}; there are: {', '.join(PROBES)}"
+            )
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, but got {text!r}")
+    return int(text)
+
+
+def _factory(text: str) -> Callable[..., nn.Module]:
+    """The class, or the function that makes a layer, of a name such as ``package.module:Class``."""
+    sys.path.insert(0, "")  # a file in this folder is found, too
+    try:
+        found = pkgutil.resolve_name(text)
+    except Exception as error:  # importing it runs code that may raise anything
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be found: {type(error).__name__}: {error}. "
+            "A class is named as in mypackage.module:MyLSTM"
+        ) from None
+    if not callable(found) or (isinstance(found, type) and not issubclass(found, nn.Module)):
+        kind = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise argparse.ArgumentTypeError(f"{text!r} should be a class of modules, but is {kind}")
+    try:
+        layer = found(3, 4)
+    except Exception as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should take (input_size, hidden_size), but for (3, 4) it raised "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not isinstance(layer, nn.Module):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should make an nn.Module, but makes {type(layer).__name__}"
+        )
+    factory: Callable[..., nn.Module] = found
+    return factory
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm.testing",
         description="Try on a class all that nn.LSTM does for its callers. By default on nn.LSTM, "
-        "ManualLSTM, torch.ao's quantizable.LSTM, Opacus' DPLSTM and TorchRL's LSTM.",
+        "ManualLSTM, torch.ao's quantizable.LSTM, Opacus' DPLSTM and TorchRL's LSTM. "
+        "Status 0 if all is well, 1 if a row fails, 2 for wrong usage.",
     )
-    parser.add_argument("name", nargs="?", help="the class, as package.module:Class")
-    parser.add_argument("--lacks", nargs="+", default=[], metavar="ROW", help="what the class lacks")
-    parser.add_argument("--examples", type=int, default=30, help="how many cases a row draws")
+    parser.add_argument("name", nargs="?", type=_factory, help="the class, as package.module:Class")
+    rows: dict[str, Any] = {"type": _names, "action": "extend", "metavar": "ROW,ROW"}
+    parser.add_argument("--lacks", default=[], help="what the class lacks", **rows)
+    parser.add_argument("--rows", default=None, help="run only these rows", **rows)
+    parser.add_argument("--list", action="store_true", help="list the rows, and run none")
+    parser.add_argument("--examples", type=_count, default=30, help="how many cases a row draws")
     arguments = parser.parse_args(argv)
+    if arguments.list:
+        print("\n".join(PROBES))
+        return 0
+    if arguments.lacks and arguments.name is None:
+        parser.error("--lacks is about a class: name it, as package.module:Class")
     warnings.simplefilter("ignore")  # of deprecations in the peers
-    if arguments.name is None:
+    progress = Progress()
+    options = {"max_examples": arguments.examples, "rows": arguments.rows}
+    try:
+        if arguments.name is not None:
+            report = check_lstm(arguments.name, lacks=arguments.lacks, progress=progress, **options)
+            progress.end()
+            print(report)
+            return 0 if report.passed else 1
+
+        def named(label: str) -> Callable[[int, int, str], None]:
+            return lambda number, count, row: progress(number, count, f"{label}, {row}")
+
         ours = [
-            check_lstm(nn.LSTM, label="nn.LSTM", max_examples=arguments.examples),
-            check_lstm(ManualLSTM, max_examples=arguments.examples),
+            check_lstm(nn.LSTM, label="nn.LSTM", progress=named("nn.LSTM"), **options),
+            check_lstm(ManualLSTM, progress=named("ManualLSTM"), **options),
         ]
-        peers = [check_peer(label, arguments.examples) for label in PEERS]
-        print(side_by_side(ours + [peer for peer in peers if peer is not None]))
-        for label, peer in zip(PEERS, peers):
-            if peer is None:
-                print(f"{label} is not installed: {PEERS[label][0]}", file=sys.stderr)
-        return 0 if all(report.passed for report in ours) else 1
-    factory = pkgutil.resolve_name(arguments.name)
-    report = check_lstm(factory, lacks=arguments.lacks, max_examples=arguments.examples)
-    print(report)
-    return 0 if report.passed else 1
+        peers = [check_peer(label, progress=named(label), **options) for label in PEERS]
+    finally:
+        progress.end()
+    print(side_by_side(ours + [peer for peer in peers if peer is not None]))
+    for label, peer in zip(PEERS, peers):
+        if peer is None:
+            print(f"{label} is not installed: {PEERS[label][0]}", file=sys.stderr)
+    return 0 if all(report.passed for report in ours) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

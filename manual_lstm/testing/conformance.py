@@ -4,7 +4,7 @@ import traceback
 import unittest
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -181,6 +181,8 @@ def check_lstm(
     accepts: Mapping[str, str] | None = None,
     max_examples: int = 30,
     label: str | None = None,
+    rows: Collection[str] | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
 ) -> Conformance:
     """Try on a class everything that nn.LSTM does for its callers.
 
@@ -203,14 +205,16 @@ def check_lstm(
         max_examples: how many cases a row draws. The row of all options together draws four times as
             many.
         label: the name of the class in the table.
+        rows: the names of the rows to run; ``None`` for all.
+        progress: called before each row, with its number, how many there are, and its name.
 
     Returns:
         The outcomes. ``print`` shows them, ``.passed`` says whether all is well, and
         ``.raise_for_failures()`` makes a test of them.
 
     Raises:
-        ValueError: ``lacks`` or ``accepts`` contains a name that is not a row; the message lists the
-            rows.
+        ValueError: ``lacks``, ``accepts`` or ``rows`` contains a name that is not a row; the message
+            lists the rows.
 
     Example:
         >>> report = check_lstm(nn.LSTM, max_examples=1)
@@ -224,8 +228,14 @@ def check_lstm(
     """
     checks = lstm_checks(factory, load=load, lacks=lacks, accepts=accepts, max_examples=max_examples)
     name = label or str(getattr(factory, "__name__", factory))
+    if rows is not None:
+        if unknown := set(rows) - set(PROBES):
+            raise ValueError(f"rows should name checks, {', '.join(PROBES)}; but got {sorted(unknown)}")
+        checks = [check for check in checks if check.name in rows]
     outcomes: list[Outcome] = []
-    for check in checks:
+    for number, check in enumerate(checks, start=1):
+        if progress is not None:
+            progress(number, len(checks), check.name)
         # What failed in its own row is left out of the rows below, so that one fault fails one row.
         failed = [outcome.name for outcome in outcomes if outcome.status == FAILS]
         subject = check.subject.lacking(*_can_leave_out(check.name, failed))

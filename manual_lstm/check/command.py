@@ -1,0 +1,64 @@
+"""How every command of this package behaves: interrupted, into a closed pipe, and while it works."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Collection
+
+INTERRUPTED, CLOSED_PIPE = 130, 141  # the statuses of a shell: 128 and the number of the signal
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command; an interruption is one line, a closed pipe is none, and neither a traceback.
+
+    Returns:
+        The exit status: that of ``main``, 130 after Ctrl-C, or 141 where nobody reads the output.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python writes what is left when it ends, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+class Progress:
+    """One line on stderr that says where long work is. Only a terminal shows it."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._start = time.perf_counter()
+
+    def __call__(self, number: int, count: int, label: str) -> None:
+        """Say that row ``number`` of ``count`` begins."""
+        if self._shown:
+            seconds = time.perf_counter() - self._start
+            text = f"row {number} of {count}, {seconds:.0f} s: {label}"
+            print(f"\r\x1b[K{text[:79]}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def choose_rows(names: Collection[str], rows: Collection[str]) -> list[str]:
+    """The rows that some names mean: a row's name, or a part of it, in upper or lower case.
+
+    Raises:
+        ValueError: a name means no row; the message lists the rows.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        exact = [row for row in rows if row.lower() == name.lower()]
+        meant = exact or [row for row in rows if name.lower() in row.lower()]
+        if not meant:
+            listed = "; ".join(rows)  # a name may contain commas
+            raise ValueError(f"no row is named {name!r}; there are: {listed}")
+        chosen.update(meant)
+    return [row for row in rows if row in chosen]
