@@ -1,5 +1,12 @@
 """The LSTM you can open: a drop-in replacement for torch.nn.LSTM, written as a gate loop."""
 
+import warnings
+
+with warnings.catch_warnings():
+    # torch says so where numpy is not installed. Nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
+
 from manual_lstm import cells
 from manual_lstm.cell import Step, gates, output_step
 from manual_lstm.engine.context import plain_loop

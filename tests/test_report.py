@@ -1,6 +1,5 @@
 """The report's rows, with more options than the report has time for; and that each row can fail."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,10 +228,7 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
         "| longer label | needs a compiler | needs a compiler |",
         "| third        | needs nowhere, not installed | needs nowhere, not installed |",
     ]
-    lines = progress.splitlines()
-    assert len(lines) == len(rows)
-    for number, (row, line) in enumerate(zip(rows, lines), start=1):
-        assert re.fullmatch(rf"row {number} of 5: {row.label} \.\.\. \d+\.\d s", line)
+    assert progress == ""  # which is for terminals
 
 
 def test_a_row_that_fails_is_a_failure(

@@ -187,12 +187,14 @@ ROWS = [
         "FSDP2, fully_shard of the model; checkpoint into nn.LSTM",
         partial(check_fully_sharded, layer_too=False),
         packed=True,
+        needs=("numpy",),  # torch's distributed checkpoints
         slow=True,
     ),
     ReportRow(
         "FSDP2, fully_shard of the layer; checkpoint into nn.LSTM",
         partial(check_fully_sharded, layer_too=True),
         packed=True,
+        needs=("numpy",),  # torch's distributed checkpoints
         slow=True,
     ),
 ]
