@@ -16,8 +16,13 @@ from manual_lstm.check.command import choose_rows, run_command
 from manual_lstm.check.parity import print_comparison
 
 
-def check_file(path: str) -> bool:
-    """Print a line for each LSTM in the file; return whether ManualLSTM agrees with nn.LSTM on all."""
+def check_file(path: str, named: bool = False) -> bool:
+    """Print a line for each LSTM in the file; return whether ManualLSTM agrees with nn.LSTM on all.
+
+    Args:
+        path: the file.
+        named: whether each line begins with the file.
+    """
     lstms: list[FoundLSTM | CheckpointError]
     try:
         lstms = find_lstms(load_checkpoint(path))
@@ -41,8 +46,9 @@ def check_file(path: str) -> bool:
         finite = all(bool(weight.isfinite().all()) for weight in lstm.weights.values())
         all_agree = all_agree and within
         print(
+            f"{_printable(path) + ': ' if named else ''}"
             f"{_printable(lstm.name) or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
-            f"in float64 {wide_gap:.1e}{'' if within else '  DIFFERS'}"
+            f"in float64 {wide_gap:.1e}  {'ok' if within else 'DIFFERS'} (at most {tolerance:.0e})"
             f"{'' if finite else '  (not all weights are finite)'}"
         )
     return all_agree
@@ -65,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="compare them on the LSTMs of a checkpoint",
         description="Find every LSTM in a checkpoint by its weights and run both layers with them. "
-        "Only tensors and plain containers are loaded. Status 0 if all agree.",
+        "Only tensors and plain containers are loaded. Status 0 if all agree in float64, 1 if one "
+        "differs or a file cannot be read, 2 for wrong usage.",
     )
     check.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
     report = commands.add_parser(
@@ -107,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
-        agreements = [check_file(path) for path in arguments.file]  # a bad file does not stop the rest
+        several = len(arguments.file) > 1
+        agreements = [check_file(path, several) for path in arguments.file]  # a bad file stops no other
         return 0 if all(agreements) else 1
     if arguments.command == "report":
         # Imported here because it imports compilers, distributed training and more.

@@ -110,7 +110,11 @@ def test_check_several_in_a_training_checkpoint(legacy: bool, tmp_path: Path, ca
     torch.save(checkpoint, file, _use_new_zipfile_serialization=not legacy)
     assert main(["check", str(file), str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["model.a", "model.b"] * 2
+    assert [line.split(": ")[:2] for line in lines] == [
+        [str(file), "model.a"],
+        [str(file), "model.b"],
+    ] * 2
+    assert all(line.endswith("  ok (at most 1e-09)") for line in lines)
 
 
 class _Hostile:
