@@ -24,7 +24,7 @@ from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
-from manual_lstm.check.command import run_command
+from manual_lstm.check.command import positive_number, run_command
 
 EPILOG = """\
 python -m benchmarks                        everything, which takes a while
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     _timing(command)
 
     command = _command(commands, "cold", _cold, "the import and the first calls of a fresh process")
-    command.add_argument("--rounds", type=_number, metavar="N", help="the number of processes")
+    command.add_argument("--rounds", type=positive_number, metavar="N", help="the number of processes")
 
     command = _command(commands, "per-sample", _per_sample, "gradients for every sample, and Opacus'")
     _shapes(command)
@@ -248,7 +248,9 @@ def _command(
     """Add a command with the options that all commands have."""
     command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
-    command.add_argument("--threads", type=_number, default=torch.get_num_threads(), metavar="N")
+    command.add_argument(
+        "--threads", type=positive_number, default=torch.get_num_threads(), metavar="N"
+    )
     if run is _precision:
         command.set_defaults(dtype="float32")
     else:
@@ -289,7 +291,9 @@ def _timing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seconds", type=_seconds, metavar="S", help="the least time to measure each row for"
     )
-    command.add_argument("--rounds", type=_number, metavar="N", help="the least number of rounds")
+    command.add_argument(
+        "--rounds", type=positive_number, metavar="N", help="the least number of rounds"
+    )
 
 
 def _shape_list(text: str) -> tuple[Case, ...]:
@@ -334,14 +338,8 @@ def _peers(text: str) -> tuple[str, ...]:
     return _names(PEERS, also=("none", "all"))(text)
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, but got {text!r}")
-    return int(text)
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_number, text.split(",")))
+    return tuple(map(positive_number, text.split(",")))
 
 
 def _seconds(text: str) -> float:

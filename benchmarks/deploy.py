@@ -31,7 +31,7 @@ BASE = "nn.LSTM eager"
 Call = Callable[[Tensor], Tensor]
 
 
-class _Output(nn.Module):
+class OutputModel(nn.Module):
     """A model whose output is the layer's, so that a program has one."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -140,7 +140,7 @@ def _measure(
             layer = w.lstm if who == "nn.LSTM" else ManualLSTM.from_lstm(w.lstm)
             try:
                 with torch.no_grad(), _quietly():
-                    call = make(_Output(layer).eval(), x)
+                    call = make(OutputModel(layer).eval(), x)
                     if call is None:
                         missing[f"{who} {form}"] = "pip install onnx onnxscript onnxruntime"
                         continue

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from benchmarks.deploy import OutputModel
 from manual_lstm import ManualLSTM
 from manual_lstm.cells import CoupledLSTM
 
@@ -125,22 +126,12 @@ CONVERTED = pytest.mark.parametrize(
 )
 
 
-class _Output(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layer(x)[0]
-        return output
-
-
 @pytest.mark.optional
 @pytest.mark.filterwarnings("ignore")
 @CONVERTED
 def test_openvino_converts_the_trace(options: dict[str, Any]) -> None:
     openvino = pytest.importorskip("openvino")
-    model = _Output(ManualLSTM(3, 4, **options)).eval()
+    model = OutputModel(ManualLSTM(3, 4, **options)).eval()
     compiled = openvino.compile_model(
         openvino.convert_model(model, example_input=torch.randn(5, 2, 3)), "CPU"
     )
@@ -158,7 +149,7 @@ def test_core_ml_converts_the_trace(options: dict[str, Any]) -> None:
         converted = []
         for cls in (nn.LSTM, ManualLSTM):
             traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _Output(cls(3, 4, **options)).eval(), torch.randn(5, 2, 3)
+                OutputModel(cls(3, 4, **options)).eval(), torch.randn(5, 2, 3)
             )
             program = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=shape)])
             operations = program._mil_program.functions["main"].operations

@@ -1,5 +1,6 @@
 """How every command of this package behaves: interrupted, into a closed pipe, and while it works."""
 
+import argparse
 import os
 import sys
 import time
@@ -45,6 +46,13 @@ class Progress:
         """Take the line away."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def positive_number(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, but got {text!r}")
+    return int(text)
 
 
 def choose_rows(names: Collection[str], rows: Collection[str]) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from manual_lstm.engine.weights import own_weights
+
 # Attributes that only one of the classes has. nn.LSTM keeps the names of its weights twice, and the
 # weights twice.
 _MANUAL_ONLY = {"_assigned", "_own_names", "_sample_hooks"}
@@ -23,7 +25,7 @@ def manual_state(lstm: nn.LSTM) -> dict[str, Any]:
     """Return the ``__dict__`` that makes ``lstm`` a ManualLSTM. Lists of its own are new."""
     state = {key: value for key, value in vars(lstm).items() if key not in _OFFICIAL_ONLY}
     state["_all_weights"] = [list(names) for names in lstm._all_weights]
-    own = _attributes(lstm)
+    own = own_weights(lstm)
     same = all(weight is mine for weight, mine in zip(lstm._flat_weights, own))
     # nn.LSTM forgets what _flat_weights was assigned when a weight has changed.
     forgotten = same or lstm._weights_have_changed()  # type: ignore[no-untyped-call]
@@ -36,7 +38,7 @@ def official_state(layer: Any) -> dict[str, Any]:
     state = {key: value for key, value in vars(layer).items() if key not in _MANUAL_ONLY}
     state["_all_weights"] = [list(names) for names in layer._all_weights]
     state["_flat_weights_names"] = layer._flat_weights_names
-    state["_flat_weights"] = weights = _attributes(layer)
+    state["_flat_weights"] = weights = own_weights(layer)
     # torch.load calls __setstate__ for a saved layer: it adds what this version of nn.LSTM needs.
     lstm = nn.LSTM.__new__(nn.LSTM)
     lstm.__setstate__(state)  # type: ignore[no-untyped-call]
@@ -45,10 +47,6 @@ def official_state(layer: Any) -> dict[str, Any]:
     if layer._assigned is not None:
         lstm._flat_weights = list(layer._flat_weights)
     return vars(lstm)
-
-
-def _attributes(layer: Any) -> list[Any]:
-    return [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
 def _have_own_memory(weights: list[Any]) -> bool:

@@ -29,7 +29,6 @@ class Layer(Protocol):
     bidirectional: bool
     proj_size: int
     _all_weights: list[list[str]]  # the names of each layer and direction
-    _flat_weights: list[Tensor | None]
     _parameters: dict[str, Any]
     _assigned: Assigned | None
 
@@ -64,11 +63,11 @@ def read_weights(layer: Layer, check_shapes: bool) -> list[dict[str, Any]]:
     """
     _check_types(layer)
     D = 2 if layer.bidirectional else 1
-    directions = layer._all_weights
-    if len(directions) != layer.num_layers * D:
-        if not 0 < layer.num_layers * D < len(directions):
+    directions, count = layer._all_weights, count_directions(layer)
+    if len(directions) != count:
+        if not 0 < count < len(directions):
             _refuse_attributes(layer)
-        directions = directions[: layer.num_layers * D]
+        directions = directions[:count]
     shapes = weight_shapes(layer, 0)
     if len(directions[0]) != len(shapes):
         if not _fits_without_bias(layer):
@@ -94,9 +93,14 @@ def read_weights(layer: Layer, check_shapes: bool) -> list[dict[str, Any]]:
     return weights
 
 
+def own_weights(layer: Any) -> list[Any]:
+    """The weights that an nn.LSTM or a ManualLSTM has by name; ``None`` for one that is gone."""
+    return [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+
 def flat_weights(layer: Layer) -> list[Any]:
     """The tensors with which the layer computes, as they stand in ``_flat_weights``."""
-    own = [getattr(layer, name, None) for name in flat_names(layer)]
+    own = own_weights(layer)
     if layer._assigned is not None:
         assigned, instead_of = layer._assigned
         if all(weight is old for weight, old in zip(own, instead_of)):
@@ -171,12 +175,13 @@ def _refuse_attributes(layer: Layer) -> NoReturn:
             f"the layer's attributes should fit its weights, so {expected}, but got {given}. "
             "Set them back, or make a new layer"
         )
+    D = 2 if layer.bidirectional else 1
     fitting = {
-        name: list(weight_shapes(layer, min(k // (1 + layer.bidirectional), 1))[kind_of(name)])
+        name: list(shape)
         for k, names in enumerate(layer._all_weights)
-        for name in names
+        for name, shape in zip(names, weight_shapes(layer, k // D).values())
     }
-    name = next(name for name, size in sizes.items() if size != fitting[name])
+    name = next(name for name, size in fitting.items() if size != sizes[name])
     raise RuntimeError(f"{name} should be of size {fitting[name]}, but got {sizes[name]}")
 
 
@@ -246,6 +251,6 @@ def assign_flat_weights(layer: Layer, weights: Iterable[Tensor | None]) -> None:
     if len(given) > len(names):
         raise ValueError(f"_flat_weights should have {len(names)} tensors, but got {len(given)}")
     given += [None] * (len(names) - len(given))
-    own = [getattr(layer, name, None) for name in names]
+    own = own_weights(layer)
     same = all(weight is mine for weight, mine in zip(given, own))
     layer._assigned = None if same else (given, own)

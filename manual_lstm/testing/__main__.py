@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manual_lstm.check.command import Progress, run_command
+from manual_lstm.check.command import Progress, positive_number, run_command
 from manual_lstm.module import ManualLSTM
 from manual_lstm.testing.conformance import Conformance, check_lstm
 from manual_lstm.testing.probes import PROBES
@@ -84,15 +84,8 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, but got {text!r}")
-    return int(text)
-
-
 def _factory(text: str) -> Callable[..., nn.Module]:
     """The class, or the function that makes a layer, of a name such as ``package.module:Class``."""
-    sys.path.insert(0, "")  # a file in this folder is found, too
     try:
         found = pkgutil.resolve_name(text)
     except Exception as error:  # importing it runs code that may raise anything
@@ -131,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lacks", default=[], help="what the class lacks", **rows)
     parser.add_argument("--rows", default=None, help="run only these rows", **rows)
     parser.add_argument("--list", action="store_true", help="list the rows, and run none")
-    parser.add_argument("--examples", type=_count, default=30, help="how many cases a row draws")
+    parser.add_argument(
+        "--examples", type=positive_number, default=30, help="how many cases a row draws"
+    )
     arguments = parser.parse_args(argv)
     if arguments.list:
         print("\n".join(PROBES))
