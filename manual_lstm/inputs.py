@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.cell import Step
-from manual_lstm.engine.context import autocast_dtype, is_compiling, is_tracing
+from manual_lstm.engine.context import autocast_dtype, has_numbers, is_compiling, is_tracing
+from manual_lstm.engine.cuts import check_resets
 from manual_lstm.engine.dtypes import answer_dtypes, autocast, compute_dtype
 from manual_lstm.engine.nested import Jagged
+from manual_lstm.engine.padding import Padding, as_lengths
 from manual_lstm.engine.stack import Answer
 from manual_lstm.unrolled.request import Kept
 from manual_lstm.unrolled.result import Layout
@@ -30,6 +32,7 @@ States = tuple[Tensor, Tensor]
 
 _NO_BLOCK = nullcontext()
 _FEW_ROWS = 4
+_ONLY_PADDED = "should come with a batch of padded sequences, [T, B, I] or with batch_first [B, T, I]"
 
 
 class Layer(Protocol):
@@ -56,12 +59,19 @@ class Layer(Protocol):
     def permute_hidden(self, hx: States, permutation: Tensor | None) -> States: ...
 
 
-def enter(layer: Layer, input: Any, hx: Any, weights: Sequence[Mapping[str, Tensor]]) -> "Inputs":
-    """Check ``(input, hx)`` and make steps of them.
+def enter(
+    layer: Layer,
+    input: Any,
+    hx: Any,
+    weights: Sequence[Mapping[str, Tensor]],
+    lengths: Any = None,
+    resets: Any = None,
+) -> "Inputs":
+    """Check what a call got and make steps of it.
 
     Args:
         layer: the layer that is called.
-        input, hx: what its caller gave.
+        input, hx, lengths, resets: what its caller gave.
         weights: the weights of each direction by kind.
 
     Raises:
@@ -72,7 +82,14 @@ def enter(layer: Layer, input: Any, hx: Any, weights: Sequence[Mapping[str, Tens
         form = Packed
     elif isinstance(input, Tensor) and input.is_nested:
         form = Nested
-    inputs = form(layer, input, hx, weights[0]["weight_ih"])
+    if lengths is not None:
+        if form is not Dense:
+            raise ValueError(f"lengths {_ONLY_PADDED}, but got {form.__name__.lower()} input")
+        inputs: Inputs = Padded(layer, input, hx, weights[0]["weight_ih"], lengths)
+    else:
+        inputs = form(layer, input, hx, weights[0]["weight_ih"])
+    if resets is not None:
+        inputs.resets = inputs.enter_resets(resets)
     inputs.convert_dtypes(layer, weights)
     return inputs
 
@@ -87,6 +104,9 @@ class Inputs(ABC):
         c_0: ``[L * D, B, H]``, likewise.
         weights: the weights of each direction by kind, in the dtype in which the loop computes.
         sample_of: for each sorted sequence its index in the caller's batch; ``None`` if sorted already.
+        lengths: of padded input that could not be packed the number of steps of each sequence, ``[B]``,
+            int64. Their order is the caller's.
+        resets: at which steps sequences begin anew, ``[T, B]`` or packed ``[N]``, bool; or ``None``.
     """
 
     x: Tensor
@@ -95,15 +115,17 @@ class Inputs(ABC):
     c_0: Tensor
     weights: Sequence[Mapping[str, Tensor]]
     sample_of: Tensor | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
     _cast_to: torch.dtype | None = None  # by autocast
     _answer_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of output and h_n, and of c_n
 
     @abstractmethod
     def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None: ...
 
-    def batch_size(self) -> int:
-        """How many sequences the caller gave."""
-        return self.h_0.size(1)
+    @abstractmethod
+    def enter_resets(self, resets: Any) -> Tensor:
+        """Check the caller's resets, which have the form of the input, and make steps of them."""
 
     @abstractmethod
     def leave_sequence(self, rows: Tensor) -> Any:
@@ -153,13 +175,14 @@ class Inputs(ABC):
         compute = compute_dtype(weight.dtype)
         if cast_to is None and compute == weight.dtype:
             return
-        packed, projected = self.batch_sizes is not None, layer.proj_size > 0
+        packed = self.batch_sizes is not None or self.lengths is not None
+        projected = layer.proj_size > 0
         self._answer_dtypes = answer_dtypes(self.x, self.c_0, weight, cast_to, packed, projected)
         self.x, self.h_0, self.c_0 = (t.to(compute) for t in (x, h_0, c_0))
         # To convert the matrices takes longer than one step of few rows by torch's products in their
         # dtype, whose results are rounded once. nn.LSTM does not do better.
         narrow = (
-            self.batch_sizes is None
+            not packed
             and x.size(0) == 1
             and x.size(1) <= _FEW_ROWS
             and layer._sample_hooks is None
@@ -193,6 +216,7 @@ class Dense(Inputs):
     def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None:
         x = _as_tensor(input)
         self._batched = x.dim() == 3
+        self._sizes = x.shape[:-1]
         self._batch_first = layer.batch_first
         if not self._batched:
             x = x.unsqueeze(0 if self._batch_first else 1)
@@ -207,6 +231,12 @@ class Dense(Inputs):
             self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), None)
         self.x = x.transpose(0, 1) if self._batch_first else x
 
+    def enter_resets(self, resets: Any) -> Tensor:
+        check_resets(resets, self._sizes, self.x.device)
+        if not self._batched:
+            return resets.unsqueeze(1)  # type: ignore[no-any-return]
+        return resets.transpose(0, 1) if self._batch_first else resets  # type: ignore[no-any-return]
+
     def leave_sequence(self, rows: Tensor) -> Tensor:
         if not self._batched:
             return rows.squeeze(1)
@@ -218,6 +248,42 @@ class Dense(Inputs):
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         return (h_n, c_n) if self._batched else (h_n.squeeze(1), c_n.squeeze(1))
+
+
+class Padded(Dense):
+    """A batch whose sequences end in padding: packed where the lengths are known, otherwise left so."""
+
+    def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor, lengths: Any) -> None:
+        super().__init__(layer, input, hx, weight)
+        if not self._batched:
+            raise ValueError(f"lengths {_ONLY_PADDED}, but got unbatched input: {list(input.shape)}")
+        T, B = self.x.shape[:2]
+        lengths = as_lengths(lengths, T, B)
+        self._padding: Padding | None = None
+        if not has_numbers(lengths):
+            self.lengths = lengths.to(self.x.device)
+            return
+        self._padding = padding = Padding(lengths.cpu(), T, self._batch_first, self.x.device)
+        self._layer = layer
+        self.batch_sizes, self.sample_of = padding.batch_sizes, padding.order
+        self.x = padding.pack(input)
+        if hx is not None:
+            self.h_0, self.c_0 = layer.permute_hidden((self.h_0, self.c_0), padding.order)
+
+    def enter_resets(self, resets: Any) -> Tensor:
+        steps = super().enter_resets(resets)
+        return steps if self._padding is None else self._padding.pack(resets)
+
+    def leave_sequence(self, rows: Tensor) -> Tensor:
+        return super().leave_sequence(rows) if self._padding is None else self._padding.pad(rows)
+
+    def _layout(self, backward: bool) -> Layout:
+        return super()._layout(backward)._replace(form="padded")
+
+    def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
+        if self._padding is None:
+            return h_n, c_n
+        return self._layer.permute_hidden((h_n, c_n), self._padding.place)
 
 
 class Packed(Inputs):
@@ -238,6 +304,23 @@ class Packed(Inputs):
             self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self._sorted)
         self.sample_of = self._sorted
         self.x = x
+
+    def enter_resets(self, resets: Any) -> Tensor:
+        if not isinstance(resets, PackedSequence):
+            raise TypeError(
+                f"resets should be a PackedSequence like the input, but got {type(resets).__name__}"
+            )
+        assert self.batch_sizes is not None
+        check_resets(resets.data[: self.x.size(0)], (self.x.size(0),), self.x.device)
+        pairs = (resets.batch_sizes, self.batch_sizes), (resets.sorted_indices, self._sorted)
+        if not is_tracing() and not is_compiling() and not all(_are_equal(*pair) for pair in pairs):
+            raise ValueError(
+                "resets should be packed like the input, with the same lengths in the same order, but "
+                f"got batch_sizes {_described(resets.batch_sizes)} and sorted_indices "
+                f"{_described(resets.sorted_indices)} for {_described(self.batch_sizes)} and "
+                f"{_described(self._sorted)}"
+            )
+        return resets.data[: self.x.size(0)]
 
     def leave_sequence(self, rows: Tensor) -> PackedSequence:
         assert self.batch_sizes is not None
@@ -264,7 +347,7 @@ class Nested(Inputs):
         self.x, self.batch_sizes, self.sample_of = jagged.data, jagged.batch_sizes, jagged.order
         layer.check_input(self.x, self.batch_sizes)
         _check_input_dtype(self.x, weight, packed=True)
-        # Empty sequences have states too.
+        # The batch_sizes do not tell how many sequences are empty, which have states too.
         L, _, P = layer.get_expected_hidden_size(self.x, self.batch_sizes)
         *_, H = layer.get_expected_cell_size(self.x, self.batch_sizes)
         expected_h, expected_c = (L, jagged.B, P), (L, jagged.B, H)
@@ -274,11 +357,24 @@ class Nested(Inputs):
             h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
             layer.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
             layer.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
-        self._states = h_0, c_0
+        self._layer = layer
         self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self.sample_of)
 
-    def batch_size(self) -> int:
-        return int(self._jagged.B)  # empty sequences count
+    def enter_resets(self, resets: Any) -> Tensor:
+        if not isinstance(resets, Tensor) or resets.layout != torch.jagged or resets.dim() != 2:
+            given = type(resets).__name__
+            if isinstance(resets, Tensor):
+                given = f"{resets.dim()}-D of layout {resets.layout}"
+            raise TypeError(f"resets should be nested [B, j] like the input, but got {given}")
+        jagged = Jagged(resets)
+        if not torch.equal(jagged.lengths, self._jagged.lengths):
+            raise ValueError(
+                f"resets should have the lengths of the input, {self._jagged.lengths.tolist()}, "
+                f"but got {jagged.lengths.tolist()}"
+            )
+        rows: Tensor = jagged.data
+        check_resets(rows, self.x.shape[:1], self.x.device)
+        return rows
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
         return self._jagged.nest(rows)
@@ -287,11 +383,7 @@ class Nested(Inputs):
         return Layout("nested", True, 0, backward)
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
-        h_0, c_0 = self._states
-        return (
-            h_0.to(h_n.dtype).index_copy(1, self._jagged.order, h_n),
-            c_0.to(c_n.dtype).index_copy(1, self._jagged.order, c_n),
-        )
+        return self._layer.permute_hidden((h_n, c_n), self._jagged.place)
 
 
 def _check_alike(
@@ -374,6 +466,14 @@ def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, T
         message = f"{h_0.dim()}-D and {c_0.dim()}-D: {list(h_0.shape)} and {list(c_0.shape)}"
         raise (IndexError if flat else RuntimeError)(expected + message)
     return h_0, c_0
+
+
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _described(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.tolist()
 
 
 def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:

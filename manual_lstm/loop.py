@@ -46,7 +46,8 @@ def run_plain(d: Direction, prepare: Prepare | None = None, keep: bool = False) 
         keep: whether to return the steps.
     """
     x, cell, of_steps = prepare_lstm(d) if prepare is None else prepare(d)  # [T, B, 4H] or [N, 4H]
-    if d.batch_sizes is None and not keep and not is_tracing() and x.size(0) == 1:
+    uncut = d.batch_sizes is None and d.lengths is None and d.cuts is None
+    if uncut and not keep and not is_tracing() and x.size(0) == 1:
         rows = [each.squeeze(0) for each in of_steps]
         step = cell(x.squeeze(0), d.h_0, d.c_0, d.weight_hh, d.weight_hr, *rows)  # no loop
         return Result(torch.stack([step.h]), step.h, step.c)

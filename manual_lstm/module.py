@@ -6,12 +6,11 @@ and out by the door again.
 
 import inspect
 import math
-import numbers
 import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, TypeVar, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from manual_lstm.cell import Step, lstm_cell
+from manual_lstm.engine.arguments import check_arguments
 from manual_lstm.engine.constructor import set_by_init
 from manual_lstm.engine.context import is_compiling, is_tracing
 from manual_lstm.engine.convert import install_state, manual_state, official_state, why_not
 from manual_lstm.engine.custom import CellWeights, of_each_step, prepare_custom
 from manual_lstm.engine.opacus import OpacusCall, active_owner, attach, opacus_owner
+from manual_lstm.engine.padding import fill
 from manual_lstm.engine.stack import DEFAULT_OPTIONS, CallOptions, run_stack
 from manual_lstm.engine.weights import (
     Assigned,
@@ -111,7 +112,7 @@ class ManualLSTM(nn.Module):
         >>> _ = nn.LSTM(10, 20, num_layers=2).load_state_dict(layer.state_dict())
     """
 
-    # A new option needs: an argument of __init__ with its check in _check_arguments, an attribute set
+    # A new option needs: an argument of __init__, its check in engine/arguments.py, an attribute set
     # below, its part in extra_repr, and a default here in the class. A swap copies vars(lstm) of an
     # nn.LSTM and does not run __init__, so an attribute that only __init__ sets is missing after it.
 
@@ -151,7 +152,7 @@ class ManualLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(
+        check_arguments(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
         self._assigned = None
@@ -317,19 +318,39 @@ class ManualLSTM(nn.Module):
 
     @overload
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        resets: PackedSequence | None = None,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *nothing: None,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; see the class for shapes and for what is raised."""
+        # torch's older ONNX exporter gives the defaults of all arguments by position.
+        if any(argument is not None for argument in nothing):
+            raise TypeError(
+                f"forward takes input and hx by position, but got {2 + len(nothing)} arguments: "
+                "give lengths and resets by name"
+            )
         request = request_of(self)
         keep = request is not None
-        inputs = enter(self, input, hx, self._weights())
+        inputs = enter(self, input, hx, self._weights(), lengths, resets)
         with inputs.without_autocast():
             answer = run_stack(
                 inputs.x,
@@ -418,16 +439,20 @@ class ManualLSTM(nn.Module):
                 {kind_of(name): self._parameters.get(name) for name in names}
                 for names in self._all_weights
             ]
-            return CallOptions(
-                opacus=OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size())
-            )
+            call = OpacusCall(owner, parameters, inputs.sample_of, inputs.h_0.size(1))
+            return CallOptions(opacus=call, lengths=inputs.lengths, resets=inputs.resets)
         if not changed:
-            return CallOptions(keep=True) if keep else DEFAULT_OPTIONS
+            if not keep and inputs.lengths is None and inputs.resets is None:
+                return DEFAULT_OPTIONS
+            return CallOptions(keep=keep, lengths=inputs.lengths, resets=inputs.resets)
         own_names = self._own_names or [{} for _ in inputs.weights]
         own = [{kind: w[kind] for kind in names} for w, names in zip(inputs.weights, own_names)]
-        of_steps = of_each_step(self, inputs.x, inputs.batch_sizes, own[0])
+        x = inputs.x if inputs.lengths is None else fill(inputs.x, inputs.lengths)
+        of_steps = of_each_step(self, x, inputs.batch_sizes, own[0])
         cells = [prepare_custom(self, parameters, of_steps) for parameters in own]
-        return CallOptions(cells, self.compile_as_scan, keep)
+        return CallOptions(
+            cells, self.compile_as_scan, keep, lengths=inputs.lengths, resets=inputs.resets
+        )
 
     # What a subclass with a cell of its own may override.
 
@@ -680,71 +705,3 @@ _PER_SEQUENCE, _PER_STEP = ManualLSTM.per_sequence, ManualLSTM.per_step
 _PARTS = ("_parameters", "_buffers", "_modules")  # where a module keeps what has names of its own
 _OVERRIDABLE = ("cell", "project", "per_sequence", "per_step")
 _RESERVED_NAMES = frozenset(CellWeights.__annotations__)
-
-
-def _check_arguments(
-    input_size: Any,
-    hidden_size: Any,
-    num_layers: Any,
-    bias: Any,
-    batch_first: Any,
-    dropout: Any,
-    bidirectional: Any,
-    proj_size: Any,
-) -> None:
-    """Check the constructor's arguments, in the order and with the exceptions of nn.LSTM."""
-    probability = f"dropout should be a number in the range [0, 1], but got {dropout!r}"
-    try:
-        float(dropout)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise type(error)(probability) from None
-    number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
-    if not number or not 0 <= dropout <= 1:
-        raise ValueError(probability)
-    _check_comparable("num_layers", num_layers)
-    if dropout > 0 and num_layers == 1:
-        warnings.warn(
-            "dropout acts on the output of all layers but the last, so it wants num_layers > 1, "
-            f"but got dropout={dropout} and num_layers={num_layers}",
-            stacklevel=3,
-        )
-
-    for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} should be a bool, but got {flag!r} ({type(flag).__name__})")
-    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be an int, but got {size!r} ({type(size).__name__})")
-        if size <= 0:
-            raise ValueError(f"{name} should be greater than zero, but got {size}")
-    if num_layers <= 0:
-        raise ValueError(f"num_layers should be greater than zero, but got {num_layers}")
-    _check_comparable("proj_size", proj_size)
-    if proj_size < 0:
-        raise ValueError(
-            f"proj_size should be positive, or zero for no projection, but got {proj_size}"
-        )
-    if proj_size >= hidden_size:
-        raise ValueError(
-            f"proj_size should be smaller than hidden_size, {hidden_size}, but got {proj_size}"
-        )
-    for name, size in (("num_layers", num_layers), ("proj_size", proj_size)):
-        try:
-            operator.index(size)
-        except TypeError:
-            _refuse_size(name, size)
-        if isinstance(size, bool):  # nn.LSTM fails when it is called
-            _refuse_size(name, size)
-
-
-def _check_comparable(name: str, size: Any) -> None:
-    """Raise for what has no order, which nn.LSTM meets before it meets other mistakes."""
-    try:
-        size > 0  # noqa: B015
-    except TypeError:
-        _refuse_size(name, size)
-
-
-def _refuse_size(name: str, size: Any) -> NoReturn:
-    kind = type(size).__name__
-    raise TypeError(f"{name} should be an int, but got {size!r} ({kind})") from None

@@ -328,7 +328,7 @@ def test_an_unchanged_cell_keeps_the_operator() -> None:
         def cell_parameters(self) -> dict[str, Tensor]:
             return {"scale": torch.ones(1)}
 
-        def forward(self, *args: Any) -> Any:
+        def forward(self, *args: Any, **options: Any) -> Any:
             return super().forward(*args)
 
     wrapped = Named(3, 4)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import forward_and_backward, official_under_autocast, twins
 from manual_lstm.engine import backward, forward, fused
+from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.testing import Case, cases
 from manual_lstm.testing.comparing import assert_close, run_case
 from tests.helpers.loops import (
@@ -70,12 +71,14 @@ def test_opcheck(configuration: dict[str, Any], save: bool) -> None:
         direction_args = tuple(a.detach() if isinstance(a, Tensor) else a for a in direction_args)
     torch.library.opcheck(fused.direction, (*direction_args, save))
     if save:
-        *tensors, reverse = (a.detach() if isinstance(a, Tensor) else a for a in direction_args)
-        output, h_n, c_n, *kept = fused.direction(*tensors, reverse, True)
-        needs = [True, True, True, True, True, tensors[6] is not None, tensors[7] is not None]
-        direction_args = (*tensors, reverse, *kept, output, h_n, c_n, needs)
-        torch.library.opcheck(fused.direction_backward, (*direction_args, False))
-        torch.library.opcheck(fused.direction_backward, (*direction_args, True))
+        detached: list[Any] = [a.detach() if isinstance(a, Tensor) else a for a in direction_args]
+        d = Direction(*detached)
+        output, h_n, c_n, *kept = fused.direction(*d, True)
+        needs = [tensor is not None for tensor in Gradients.of(d)]
+        backward_args = (*d, *kept, output, h_n, c_n, needs)
+        torch.library.opcheck(fused.direction_backward, (*backward_args, False))
+        if d.lengths is None:
+            torch.library.opcheck(fused.direction_backward, (*backward_args, True))
 
 
 @pytest.mark.parametrize("sizes", [[], [2], [2, 2]], ids=str)
@@ -183,12 +186,10 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(reverse: bool) ->
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_one_tensor_for_both_states(create_graph: bool) -> None:
-    direction_args = list(arguments([2, 2, 2], packed=False))
-    direction_args[3] = direction_args[2]
+    d = Direction(*arguments([2, 2, 2], packed=False))
+    d = d._replace(c_0=d.h_0)
     gradients = [
-        torch.autograd.grad(
-            function(*direction_args)[0].square().sum(), direction_args[2], create_graph=create_graph
-        )
+        torch.autograd.grad(function(*d)[0].square().sum(), d.h_0, create_graph=create_graph)
         for function in (fused_direction, plain_direction)
     ]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)

@@ -83,7 +83,12 @@ def test_signature_is_that_of_nn_lstm() -> None:
     ours = inspect.signature(ManualLSTM).parameters
     assert list(ours) == names
     assert all(ours[name].default == parameters[name].default for name in names)
-    assert list(inspect.signature(ManualLSTM.forward).parameters) == ["self", "input", "hx"]
+    positional = ("self", "input", "hx", "nothing")
+    forward = inspect.signature(ManualLSTM.forward).parameters
+    assert tuple(forward) == (*positional, "lengths", "resets")
+    assert forward["nothing"].kind is inspect.Parameter.VAR_POSITIONAL
+    with pytest.raises(TypeError, match="by name"):
+        ManualLSTM(3, 4)(torch.randn(5, 2, 3), None, [5, 5])
     assert not issubclass(ManualLSTM, nn.LSTM)
     public = {name for name in dir(nn.LSTM) if not name.startswith("_")}
     assert public <= set(dir(ManualLSTM))

@@ -54,33 +54,33 @@ Output = Tensor | PackedSequence
 
 
 class _OtherOutput(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, states = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, states = super().forward(input, hx, **options)
         return _with_data(output, lambda data: data * 1.01), states
 
 
 class _OtherStates(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, (h_n, c_n) = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, (h_n, c_n) = super().forward(input, hx, **options)
         return output, (h_n, c_n * 1.01)
 
 
 class _OtherGradient(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, states = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, states = super().forward(input, hx, **options)
         return _with_data(output, lambda data: data + 0.1 * (data - data.detach())), states
 
 
 class _NoGradientOfStates(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, (h_n, c_n) = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, (h_n, c_n) = super().forward(input, hx, **options)
         return output, (h_n.detach(), c_n.detach())
 
 
 class _Stale(ManualLSTM):
     """Goes on with the weights of its first call."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         if not hasattr(self, "_stale"):
             self._stale = [getattr(self, name) for names in self._all_weights for name in names]
         names = [name for names in self._all_weights for name in names]
@@ -91,36 +91,36 @@ class _Stale(ManualLSTM):
 
 
 class _ReadsTwice(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         _ = self.all_weights
-        return super().forward(input, hx)
+        return super().forward(input, hx, **options)
 
 
 class _Hoards(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         self.hoard = [getattr(self, "hoard", None), torch.zeros(20_000)]
-        return super().forward(input, hx)
+        return super().forward(input, hx, **options)
 
 
 class _Drifts(ManualLSTM):
     calls = 0
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         self.calls += 1
-        output, states = super().forward(input, hx)
+        output, states = super().forward(input, hx, **options)
         return _with_data(output, lambda data: data * (1 + self.calls * 1e-6)), states
 
 
 class _InFloat32(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, states = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, states = super().forward(input, hx, **options)
         return _with_data(output, lambda data: data.float()), states
 
 
 class _MultipliesMore(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         _ = self.all_weights[0][1] @ self.all_weights[0][1].t()
-        return super().forward(input, hx)
+        return super().forward(input, hx, **options)
 
 
 class _Frozen(ManualLSTM):

@@ -114,8 +114,8 @@ def test_backward_hooks(everywhere: bool) -> None:
 
 
 class Doubled(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None, times: int = 2) -> Any:
-        output, states = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, times: int = 2, **options: Any) -> Any:
+        output, states = super().forward(input, hx, **options)
         return times * output, states
 
 
@@ -245,12 +245,12 @@ def test_threads_have_requests_of_their_own() -> None:
 
 
 class Own(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         return input, hx
 
 
 class Inside(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         return self.unroll(input, hx)[:2]
 
 

@@ -147,10 +147,10 @@ def test_programs_on_disk_are_found_by_the_layout_that_they_expect() -> None:
     w = [weight_ih, weight_hh, bias_ih + bias_hh]
     x, state = torch.randn(4, 2, 2, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        *_, gates, cells = fused.direction(x, None, state, state, *w, None, False, True)
+        *_, gates, cells = fused.direction(x, None, None, None, state, state, *w, None, False, True)
         steps = layer.unroll(x)
     expected = torch.stack([steps.i[0], steps.f[0], steps.o[0], steps.g[0]], 1)  # [T, 4, B, H]
-    layouts = {"steps_by_gate": (expected.flatten(0, 2), steps.c[0].flatten(0, 1))}
+    layouts = {"padded_or_cut": (expected.flatten(0, 2), steps.c[0].flatten(0, 1))}
     for operator in (fused.direction, fused.direction_backward):
         torch.testing.assert_close((gates, cells), layouts[operator._overloadname], rtol=0, atol=1e-12)
 

@@ -198,6 +198,20 @@ def is_onednn_enabled() -> bool:
     return bool(torch.backends.mkldnn.enabled)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, during which nobody can look at numbers."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether Python can look at the numbers of a tensor now."""
+    return (
+        type(tensor) in _KINDS[0]
+        and tensor.device.type != "meta"
+        and not (is_compiling() or is_tracing() or is_batched(tensor) or is_capturing(tensor.device))
+    )
+
+
 def are_of_one_kind(tensors: Iterable[Tensor]) -> bool:
     """Whether an operator takes these tensors together."""
     kinds = set(map(type, tensors))

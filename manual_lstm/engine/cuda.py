@@ -17,9 +17,10 @@ from torch import Tensor
 
 from manual_lstm.cell import lstm_cell, lstm_cell_backward, lstm_cell_derivatives, output_again
 from manual_lstm.engine.backward import WeightSums
+from manual_lstm.engine.context import is_capturing
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.engine.forward import Kept
-from manual_lstm.engine.steps import BlockSteps, join_gates, split_gates
+from manual_lstm.engine.steps import BlockSteps, begin_anew, join_gates, split_gates
 
 _cell: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell", None)
 _cell_backward: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell_backward_impl", None)
@@ -42,8 +43,8 @@ def is_trusted(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel has been found to compute what ``cell.py`` says; tried at the first call."""
     known = _trusted.get((device, dtype))
     if known is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # what is captured as a CUDA graph cannot look at numbers
+        if is_capturing(device):
+            return False
         known = _trusted[device, dtype] = _agrees(device, dtype)
     return known
 
@@ -83,10 +84,13 @@ def run_forward_on_cuda(d: Direction, save: bool) -> Kept:
     h_steps: list[Tensor] = []
     c_steps: list[Tensor] = []
     gates_steps: list[Tensor] = []
-    for a_t in steps.in_order(a.split_with_sizes(steps.sizes)):
+    cuts = steps.cuts(range(len(steps.sizes)))
+    for a_t, cut in steps.in_order(zip(a.split_with_sizes(steps.sizes), cuts)):
         b = a_t.size(0)
         if b != h.size(0):
             h, c = steps.resized(h, b, d.h_0), steps.resized(c, b, d.c_0)
+        if cut is not None:
+            h, c = begin_anew(cut, h), begin_anew(cut, c)
         h, c, gates_t = _cell(a_t, torch.mm(h, weight_hh_t), c)
         h_steps.append(h)
         if save or not steps.dense:
@@ -119,8 +123,9 @@ def run_backward_on_cuda(
     grad_output, grad_h_n, grad_c_n = grads
     by_gate = [gate.reshape(N, H) for gate in split_gates(d, gates)]  # i, f, g, o
     h = output_again(by_gate[3], cells, None)[2]  # [N, H]
-    h_before = steps.shift(h, everything, d.h_0, d.h_0)
-    c_before = steps.shift(cells, everything, d.c_0, d.c_0)
+    h_before = steps.cut_rows(steps.shift(h, everything, d.h_0, d.h_0), everything)
+    c_before = steps.cut_rows(steps.shift(cells, everything, d.c_0, d.c_0), everything)
+    cuts = steps.cuts(everything)
     gates_steps = torch.cat(by_gate, 1).split_with_sizes(sizes)
     c_steps, c_before_steps = cells.split_with_sizes(sizes), c_before.split_with_sizes(sizes)
     out_rows = cells.new_zeros(N, H) if grad_output is None else grad_output.reshape(N, H)
@@ -138,6 +143,8 @@ def run_backward_on_cuda(
         )
         da_steps[t] = da
         d_h_t = torch.mm(da, d.weight_hh)
+        if (cut := cuts[t]) is not None:
+            d_h_t, d_c_t = begin_anew(cut, d_h_t), begin_anew(cut, d_c_t)
         d_h, d_c = (
             (d_h_t, d_c_t) if b == B else (torch.cat([d_h_t, d_h[b:]]), torch.cat([d_c_t, d_c[b:]]))
         )

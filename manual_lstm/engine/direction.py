@@ -11,13 +11,17 @@ from manual_lstm.cell import Step
 class Direction(NamedTuple):
     """The arguments of one direction. Their shapes are written down here and nowhere else.
 
-    Sequences are sorted by falling length, so step ``t`` of packed input works on the first
-    ``batch_sizes[t]`` of the B sequences.
+    Sequences of packed input are sorted by falling length, so step ``t`` works on the first
+    ``batch_sizes[t]`` of the B sequences. Those of padded input are in any order.
     """
 
     # The input of all steps, [T, B, I], or packed [N, I]. Above the first layer I is D * (P or H).
     x: Tensor
     batch_sizes: Tensor | None  # of packed input the number of rows of each step, [T], int64
+    # Of padded input the number of steps of each sequence, [B], int64; None where each has T.
+    lengths: Tensor | None
+    # Which steps begin from a state of zeros, [T, B] or packed [N], bool; None where none does.
+    cuts: Tensor | None
     h_0: Tensor  # the initial hidden state, [B, H], or [B, P] with a projection
     c_0: Tensor  # the initial cell state, [B, H]
     weight_ih: Tensor  # [4H, I]
@@ -58,7 +62,7 @@ class Gradients(NamedTuple):
     def by_argument(self) -> tuple[Any, ...]:
         """One value for each argument of a direction; ``None`` for those that have no gradient."""
         x, h_0, c_0, *weights = self
-        return x, None, h_0, c_0, *weights, None
+        return x, None, None, None, h_0, c_0, *weights, None
 
 
 class AllSteps(NamedTuple):

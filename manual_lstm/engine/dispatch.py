@@ -50,6 +50,8 @@ def choose(
     as_scan: bool = True,
     keep: bool = False,
     opacus: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> Loop:
     """Choose the loop for one call of a layer.
 
@@ -60,6 +62,8 @@ def choose(
         as_scan: whether a changed cell may be compiled and exported as torch's scan.
         keep: whether the call wants the steps.
         opacus: whether Opacus wants a gradient for each sample.
+        lengths: of padded input the number of steps of each sequence.
+        resets: at which steps of the input sequences begin anew.
     """
     if opacus:
         return Loop.OPACUS_PLAIN if in_plain_loop() else Loop.OPACUS
@@ -73,11 +77,12 @@ def choose(
         # Dynamo does not trace scan under a transform, and Inductor not without a step.
         if changed and scan_compiles and T > 1 and not transforms_active():
             return Loop.SCAN
-    if changed or (keep and (is_grad_enabled() or is_tracing() or transforms_active())):
+    watched = is_grad_enabled() or is_tracing() or transforms_active()
+    if changed or (keep and (watched or lengths is not None)):
         return Loop.PLAIN
     if is_tracing():
         # nn.LSTM's operator knows no transform, and refuses a sequence without steps.
-        fits = not transforms_active() and traced_number(T) > 0
+        fits = not transforms_active() and traced_number(T) > 0 and resets is None
         return Loop.TRACED if fits else Loop.PLAIN
     # One step leaves nothing to fuse, and few small ones take less time than preparing the operator.
     # A compiled program should serve any length, and only the operator knows how many rows a step of
@@ -85,11 +90,12 @@ def choose(
     few = T == 1 or (T <= _FEW_STEPS and not compiling and is_small(c_0))
     if few and not (compiling and batch_sizes is not None):
         return Loop.PLAIN
-    data = (x, h_0, c_0) if batch_sizes is None else (x, h_0, c_0, batch_sizes)
+    data = [x, h_0, c_0, *(t for t in (batch_sizes, lengths, resets) if t is not None)]
     if transforms_active():
         # In an ensemble the weights are batched themselves: the samples do not become one batch.
         fits = (
             only_vmap_and_grad()
+            and lengths is None
             and _operator_takes(data, weights)
             and not any(is_batched(t) for w in weights for t in w.values())
         )

@@ -15,7 +15,7 @@ from manual_lstm.engine import workspace
 from manual_lstm.engine.direction import Direction
 from manual_lstm.engine.gemm import gate_product
 from manual_lstm.engine.input_product import InputProduct, input_product
-from manual_lstm.engine.steps import BlockSteps
+from manual_lstm.engine.steps import BlockSteps, begin_anew
 
 _contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 _BLOCK_STEPS = 64  # in a block, at most: the fewer, the more blocks share views
@@ -77,11 +77,15 @@ def _run(d: Direction, steps: BlockSteps, product: InputProduct, places: "_Place
     for block in steps.blocks(product.most_rows, _BLOCK_STEPS):
         a_block, views = places.enter(block, product.by_step)
         inputs = product.enter(block, a_block)
-        for x_t, (a, a_ifo, i, f, o, g, c_out, h_out, h_wide) in steps.in_order(zip(inputs, views)):
+        cuts = steps.cuts(block)
+        for x_t, cut, views_t in steps.in_order(zip(inputs, cuts, views)):
+            a, a_ifo, i, f, o, g, c_out, h_out, h_wide = views_t
             if not steps.dense and c_out.size(0) != c.size(0):
                 b = c_out.size(0)
                 h = steps.resized(h, b, d.h_0.expand(4, *d.h_0.shape))
                 c = steps.resized(c, b, d.c_0) if places.save else c_out
+            if cut is not None:
+                h, c = begin_anew(cut, h[0]).expand(h.shape), begin_anew(cut, c)
             if x_t is not None:
                 product.of_step(x_t, a)
             add(a, h)

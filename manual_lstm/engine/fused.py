@@ -29,12 +29,13 @@ from manual_lstm.engine.differentiate import plain_gradients
 from manual_lstm.engine.direction import Direction, Gradients, Result
 from manual_lstm.engine.dispatch import Loop, choose_backward
 from manual_lstm.engine.forward import Kept, run_forward
+from manual_lstm.engine.padding import run_backward_packed, run_forward_packed
 from manual_lstm.engine.steps import split_gates, steps_of
 
 # The arguments of Direction, with their names.
 _DIRECTION = (
-    "Tensor x, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, "
-    "Tensor? bias, Tensor? weight_hr, bool reverse"
+    "Tensor x, Tensor? batch_sizes, Tensor? lengths, Tensor? cuts, Tensor h_0, Tensor c_0, "
+    "Tensor weight_ih, Tensor weight_hh, Tensor? bias, Tensor? weight_hr, bool reverse"
 )
 # torch.library.custom_op would do the same, but imports torch._dynamo at its first call.
 _library: Any = Library("manual_lstm", "DEF")  # type: ignore[no-untyped-call]
@@ -42,17 +43,17 @@ _library: Any = Library("manual_lstm", "DEF")  # type: ignore[no-untyped-call]
 # overloads another name whenever the shape or the layout of what they take or return changes: otherwise
 # programs that an earlier version of this package has left there run with this one.
 _library.define(
-    f"direction.steps_by_gate({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"direction.padded_or_cut({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"direction_backward.steps_by_gate({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
+    f"direction_backward.padded_or_cut({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
     "Tensor? grad_h_n, Tensor? grad_c_n, bool[] needs, bool by_row) -> "
     f"({', '.join(['Tensor'] * 10)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
-direction = torch.ops.manual_lstm.direction.steps_by_gate
-direction_backward = torch.ops.manual_lstm.direction_backward.steps_by_gate
+direction = torch.ops.manual_lstm.direction.padded_or_cut
+direction_backward = torch.ops.manual_lstm.direction_backward.padded_or_cut
 
 
 def run_fused(d: Direction, keep: bool = False) -> Result:
@@ -81,11 +82,15 @@ def run_fused(d: Direction, keep: bool = False) -> Result:
 
 def _forward(d: Direction, save: bool) -> Kept:
     """Take the steps, by the loop for this device."""
+    if d.lengths is not None:
+        return run_forward_packed(d, save, _forward)
     return cuda.run_forward_on_cuda(d, save) if cuda.fits(d) else run_forward(d, save)
 
 
 def _take_back(d: Direction, *arguments: Any) -> tuple[Tensor, ...]:
     """Go back through the steps, by the loop for this device."""
+    if d.lengths is not None:
+        return run_backward_packed(d, arguments, _take_back)
     return (cuda.run_backward_on_cuda if cuda.fits(d) else run_backward)(d, *arguments)
 
 
@@ -168,8 +173,8 @@ class _DirectionFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-_library.impl("direction.steps_by_gate", _direction, "CompositeExplicitAutograd")
-_library.impl("direction_backward.steps_by_gate", _direction_backward, "CompositeExplicitAutograd")
+_library.impl("direction.padded_or_cut", _direction, "CompositeExplicitAutograd")
+_library.impl("direction_backward.padded_or_cut", _direction_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(direction, _direction_fake, lib=_library)
 torch.library.register_fake(direction_backward, _direction_backward_fake, lib=_library)
 torch.library.register_autograd(direction, _backward, setup_context=_save, lib=_library)

@@ -14,7 +14,9 @@ class Jagged:
 
     Attributes:
         B: how many sequences there are.
-        order: those that are not empty, by falling length.
+        lengths: how many steps each has, ``[B]``.
+        order: the sequences by falling length, ``[B]``; empty ones are the last.
+        place: for each sequence its place in ``order``, ``[B]``.
         data: their steps, packed, ``[N, I]``.
         batch_sizes: the number of rows of each step, ``[T]``, int64, on the CPU.
     """
@@ -26,8 +28,9 @@ class Jagged:
         if lengths is None:  # without gaps
             lengths = offsets.diff()
         self.B = lengths.size(0)
-        order = lengths.argsort(descending=True, stable=True)
-        self.order = order[: int((lengths > 0).sum())]
+        self.lengths = lengths
+        self.order = lengths.argsort(descending=True, stable=True)
+        self.place = self.order.argsort()
         lengths = lengths[self.order]
         steps = torch.arange(int(lengths[0]) if len(lengths) else 0, device=offsets.device)
         present = steps.unsqueeze(1) < lengths  # [T, sequences]

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from manual_lstm.engine.context import is_compiling, is_tracing
+from manual_lstm.engine.cuts import cuts_of
 from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.dispatch import Loop, choose
 from manual_lstm.engine.fused import run_fused
 from manual_lstm.engine.opacus import OpacusCall
+from manual_lstm.engine.padding import fill, without_padding
 from manual_lstm.engine.scan import run_scan
 from manual_lstm.engine.traced import run_traced, warn_of_recorded_steps
 from manual_lstm.engine.vmap import run_vmap
@@ -29,12 +31,16 @@ class CallOptions(NamedTuple):
         as_scan: whether these may be compiled as torch's scan.
         keep: whether to return the steps.
         opacus: the call on which Opacus' gradients are recorded, or ``None``.
+        lengths: of padded input the number of steps of each sequence, ``[B]``, int64.
+        resets: at which steps of the input sequences begin anew, ``[T, B]`` or packed ``[N]``, bool.
     """
 
     cells: Sequence[Prepare] | None = None
     as_scan: bool = True
     keep: bool = False
     opacus: OpacusCall | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
 
 
 class Answer(NamedTuple):
@@ -81,11 +87,19 @@ def run_stack(
         as_scan=options.as_scan,
         keep=options.keep,
         opacus=options.opacus is not None,
+        lengths=options.lengths,
+        resets=options.resets,
     )
+    lengths, resets = options.lengths, options.resets
     if loop is Loop.TRACED:
-        return Answer(*run_traced(x, batch_sizes, h_0, c_0, weights, D, dropout))
-    if options.cells is not None and is_tracing():
-        warn_of_recorded_steps((x if batch_sizes is None else batch_sizes).size(0))
+        return Answer(*run_traced(x, batch_sizes, lengths, h_0, c_0, weights, D, dropout))
+    if is_tracing() and (options.cells is not None or resets is not None):
+        what = "resets are given" if options.cells is None else "the cell is changed"
+        warn_of_recorded_steps(what, (x if batch_sizes is None else batch_sizes).size(0))
+    if lengths is not None:
+        resets = None if resets is None else without_padding(resets, lengths)
+        x = x if loop is Loop.FUSED else fill(x, lengths)
+    cuts = [None if resets is None else cuts_of(resets, batch_sizes, k == 1) for k in range(D)]
 
     h_first = _rows(h_0)  # L * D times [B, P or H]
     c_first = h_first if c_0 is h_0 else _rows(c_0)  # L * D times [B, H]
@@ -100,6 +114,8 @@ def run_stack(
         d = Direction(
             x,
             batch_sizes,
+            lengths,
+            cuts[k % D],
             h_first[k],
             c_first[k],
             w["weight_ih"],

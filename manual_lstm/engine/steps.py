@@ -6,9 +6,12 @@ ended and keep their final state, backwards they have not begun and keep their i
 last step the state is the final state of every sequence. One loop therefore serves dense and packed
 input and both directions.
 
-Loops that take one step at a time use :class:`Steps`; where the numbers of rows are not known, as in
-compiled and exported programs, :class:`PaddedSteps`, which keeps waiting rows by a mask. The fused loop
-works on many steps at once and uses :class:`BlockSteps`.
+Loops that take one step at a time use :class:`Steps`. Where the numbers of rows are not known, as in
+compiled and exported programs, they use :class:`PaddedSteps` for packed and :class:`MaskedSteps` for
+padded input, which keep waiting rows by a mask. The fused loop works on many steps at once and uses
+:class:`BlockSteps`.
+
+A sequence may begin anew at some steps: there the state that the step works on is zeros.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +22,10 @@ import torch
 from torch import Tensor
 
 from manual_lstm.cell import Step
-from manual_lstm.engine.context import is_compiling, is_grad_enabled
+from manual_lstm.engine.context import is_capturing, is_compiling, is_grad_enabled
 from manual_lstm.engine.direction import AllSteps, Direction
 
-_ROWS_UNKNOWN = "a compiled function does not know how many rows each step of packed input has"
+_ROWS_UNKNOWN = "a compiled or transformed function does not know how many rows each step has"
 
 T = TypeVar("T")
 
@@ -36,8 +39,25 @@ def step_index(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
     return index.repeat_interleave(batch_sizes.to(x.device), output_size=x.size(0))
 
 
+def begin_anew(cut: Tensor, state: Tensor) -> Tensor:
+    """The state of sequences that begin anew: zeros, which pass nothing back either, nan included.
+
+    Args:
+        cut: which do, ``[..., 1]``, bool.
+        state: ``[..., features]``.
+    """
+    return state.masked_fill(cut, 0)
+
+
+def has_step(lengths: Tensor, T: int) -> Tensor:
+    """Which padded sequences, of these ``lengths`` ``[B]``, have which of T steps: ``[T, B]``, bool."""
+    return torch.arange(T, device=lengths.device).unsqueeze(1) < lengths
+
+
 def steps_of(d: Direction) -> "Steps":
     """The steps of a direction, for a loop that takes them one by one."""
+    if d.lengths is not None:
+        return MaskedSteps(d)
     if d.batch_sizes is not None and is_compiling():
         return PaddedSteps(d)
     return Steps(d)
@@ -75,6 +95,8 @@ class Steps:
         self._B = d.h_0.size(0)
         # Of packed input the number of rows of each step. Dense input has B rows in every step.
         self._sizes: list[int] | None = None if d.batch_sizes is None else d.batch_sizes.tolist()
+        self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [T, B, 1] or [N, 1]
+        self._cut_steps: Sequence[Tensor] | None = None
 
     def order(self, T: int) -> range:
         """T steps in the order in which the direction takes them."""
@@ -90,9 +112,17 @@ class Steps:
 
     def under_way(self, t: int, state: Tensor) -> Tensor:
         """The rows of a state ``[B, features]`` that step t works on, ``[b, features]``."""
-        if self._sizes is None or self._sizes[t] == self._B:
+        if self._sizes is not None and self._sizes[t] != self._B:
+            state = state.narrow(0, 0, self._sizes[t])
+        return self.cut(t, state)
+
+    def cut(self, t: int, state: Tensor) -> Tensor:
+        """The rows ``[b, features]`` before step t: of zeros where a sequence begins anew."""
+        if self._cut_rows is None:
             return state
-        return state.narrow(0, 0, self._sizes[t])
+        if self._cut_steps is None:
+            self._cut_steps = self.split(self._cut_rows)
+        return begin_anew(self._cut_steps[t], state)
 
     def carry(self, t: int, new: Tensor, state: Tensor) -> Tensor:
         """The state after step t, ``[B, features]``: ``new``, and the rows that wait."""
@@ -134,6 +164,8 @@ class PaddedSteps(Steps):
     def __init__(self, d: Direction) -> None:
         assert d.batch_sizes is not None
         self.reverse = d.reverse
+        self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [N, 1]
+        self._cut_steps = None
         batch_sizes = d.batch_sizes.to(d.x.device)
         N, B = d.x.size(0), d.h_0.size(0)
         ends = batch_sizes.cumsum(0)  # [T]
@@ -167,7 +199,7 @@ class PaddedSteps(Steps):
 
     def under_way(self, t: int, state: Tensor) -> Tensor:
         """As :meth:`Steps.under_way`: here every step works on all rows."""
-        return state
+        return self.cut(t, state)
 
     def carry(self, t: int, new: Tensor, state: Tensor) -> Tensor:
         """As :meth:`Steps.carry`: rows that have no step t keep their state."""
@@ -180,6 +212,25 @@ class PaddedSteps(Steps):
     def all(self, joined: Step, single: list[Step] | None = None) -> AllSteps:
         """As :meth:`Steps.all`: here the single steps have rows of sequences that have ended, too."""
         return AllSteps(joined, _ROWS_UNKNOWN)
+
+
+class MaskedSteps(PaddedSteps):
+    """The steps of padded input whose lengths are elements of a tensor: the same without packing."""
+
+    def __init__(self, d: Direction) -> None:
+        assert d.lengths is not None
+        self.reverse = d.reverse
+        self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [T, B, 1]
+        self._cut_steps = None
+        self.present = has_step(d.lengths, d.x.size(0)).unsqueeze(2)  # [T, B, 1]
+
+    def fill(self, data: Tensor) -> Tensor:
+        """``[T, B, ...]``: the padding has been filled for all directions."""
+        return data
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``[T, B, features]`` with zeros in the padding."""
+        return torch.where(self.present, padded, 0)
 
 
 class BlockSteps(Steps):
@@ -207,12 +258,39 @@ class BlockSteps(Steps):
             raise ValueError(
                 f"data should have {rows} rows, the sum of batch_sizes, but got {d.x.size(0)}"
             )
-        if self.sizes and self.sizes[0] != self._B:  # a compiled caller cannot look into batch_sizes
+        if self.sizes and self.sizes[0] > self._B:  # a compiled caller cannot look into batch_sizes
             raise RuntimeError(
                 f"h_0 and c_0 should have {self.sizes[0]} sequences, as the input, but got {self._B}"
             )
         if d.batch_sizes is not None:
             self._by_step = _places_by_step(d.batch_sizes.to(d.x.device), rows)
+        self._are_cut = self._find_cuts(d)
+
+    def _find_cuts(self, d: Direction) -> Sequence[bool]:
+        """Whether sequences begin anew at each step."""
+        if d.cuts is None:
+            return [False] * len(self.sizes)
+        self._cut_rows = d.cuts.reshape(-1, 1)  # [N, 1]
+        if is_capturing(d.x.device):  # nobody can look at numbers
+            return [True] * len(self.sizes)
+        if self.dense:
+            return d.cuts.any(1).tolist()
+        starts = torch.tensor(self.starts, device=d.cuts.device)
+        counts = torch.cat([starts.new_zeros(1), d.cuts.cumsum(0)])[starts]  # before each step
+        return (counts.diff() > 0).tolist()
+
+    def cuts(self, block: range) -> list[Tensor | None]:
+        """For each step of a block which sequences begin anew, ``[b, 1]``; ``None`` where none does."""
+        if self._cut_rows is None:
+            return [None] * len(block)
+        rows = self._cut_rows
+        return [rows[self.starts[t] : self.starts[t + 1]] if self._are_cut[t] else None for t in block]
+
+    def cut_rows(self, states: Tensor, block: range) -> Tensor:
+        """The states before the steps of a block, ``[n, features]``: see :meth:`Steps.cut`."""
+        if self._cut_rows is None or not any(self._are_cut[block.start : block.stop]):
+            return states
+        return begin_anew(self._cut_rows[self.rows(block)], states)
 
     def blocks(self, most_rows: int, most_steps: int) -> list[range]:
         """Ranges of neighbouring steps, in the order they are taken.

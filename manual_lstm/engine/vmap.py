@@ -133,11 +133,16 @@ def _plain(v: int | None, d: Direction, grads: Sequence[Tensor]) -> Gradients:
         return plain_vjp(d, grads)
     sizes = None if d.batch_sizes is None else d.batch_sizes // v
 
-    def of_sample(x: Tensor, h_0: Tensor, c_0: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        sample = d._replace(x=x, batch_sizes=sizes, h_0=h_0, c_0=c_0)
+    cuts = d.x.new_zeros(*d.x.shape[:-1], 1).bool() if d.cuts is None else d.cuts.unsqueeze(-1)
+
+    def of_sample(
+        x: Tensor, cuts: Tensor, h_0: Tensor, c_0: Tensor, *grads: Tensor
+    ) -> tuple[Tensor, ...]:
+        of_steps = None if d.cuts is None else cuts.squeeze(-1)
+        sample = d._replace(x=x, batch_sizes=sizes, cuts=of_steps, h_0=h_0, c_0=c_0)
         return _without_none(plain_vjp(sample, grads))
 
-    rows = (by_sample(t, v) for t in (d.x, d.h_0, d.c_0, *grads))
+    rows = (by_sample(t, v) for t in (d.x, cuts, d.h_0, d.c_0, *grads))
     values = torch.vmap(of_sample, -2, tuple(_GRADIENT_DIMS))(*rows)
     of_samples = Gradients(*(None if t is None else g for t, g in zip(Gradients.of(d), values)))
     return of_samples._replace(
@@ -154,9 +159,13 @@ def _without_none(gradients: Gradients) -> tuple[Tensor, ...]:
 
 def _samples_to_rows(d: Direction, dims: Direction, v: int) -> Direction:
     """Make the v samples of a direction rows of one batch; the weights are one for all."""
+    cuts = d.cuts
+    if cuts is not None:
+        cuts = _to_rows(cuts.unsqueeze(-1), dims.cuts, v).squeeze(-1)  # type: ignore[arg-type]
     return d._replace(
         x=_to_rows(d.x, dims.x, v),  # type: ignore[arg-type]
         batch_sizes=None if d.batch_sizes is None else d.batch_sizes * v,
+        cuts=cuts,
         h_0=_to_rows(d.h_0, dims.h_0, v),  # type: ignore[arg-type]
         c_0=_to_rows(d.c_0, dims.c_0, v),  # type: ignore[arg-type]
     )

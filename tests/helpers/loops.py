@@ -87,8 +87,13 @@ def arguments(
     reverse: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    cut: float = 0.0,
+    lengths: list[int] | None = None,
 ) -> Arguments:
-    """Arguments of one direction, all of which require gradients."""
+    """Arguments of one direction, all of which require gradients.
+
+    ``cut`` is the probability with which a step begins anew. Padded sequences have ``lengths``.
+    """
     torch.manual_seed(seed)
     B = max(sizes, default=2)
 
@@ -99,6 +104,8 @@ def arguments(
     return (
         randn(sum(sizes), I) if packed else randn(len(sizes), B, I),
         torch.tensor(sizes, dtype=torch.int64) if packed else None,
+        None if lengths is None else torch.tensor(lengths, dtype=torch.int64),
+        torch.rand([sum(sizes)] if packed else [len(sizes), B]) < cut if cut else None,
         randn(B, P or H),
         randn(B, H),
         randn(4 * H, I),
@@ -117,6 +124,8 @@ def drawn_arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Argumen
     else:
         sizes = [draw(st.integers(0, 5))] * draw(st.integers(0, 9))
     H = draw(st.integers(1, 20))
+    B, T = max(sizes, default=2), len(sizes)
+    padded = not packed and draw(st.booleans())
     return arguments(
         sizes,
         packed,
@@ -127,6 +136,8 @@ def drawn_arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Argumen
         reverse=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**16)),
+        cut=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        lengths=draw(st.lists(st.integers(0, T), min_size=B, max_size=B)) if padded else None,
     )
 
 

@@ -10,8 +10,8 @@ from manual_lstm import ManualLSTM
 
 
 class Halving(ManualLSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, states = super().forward(input, hx)
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        output, states = super().forward(input, hx, **options)
         return output / 2, states
 
 
