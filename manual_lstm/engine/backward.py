@@ -28,9 +28,10 @@ from torch import Tensor
 
 from manual_lstm.cell import lstm_cell_backward, lstm_cell_derivatives, output_again
 from manual_lstm.engine import workspace
+from manual_lstm.engine.cuts import BlockCuts, with_zeros, zero_rows
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.engine.gemm import OuterSum, state_product
-from manual_lstm.engine.steps import BlockSteps, begin_anew
+from manual_lstm.engine.steps import BlockSteps
 
 _contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 # Larger blocks than the forward's: the sums over rows are faster over many.
@@ -60,6 +61,7 @@ def run_backward(
         and with a projection the gradient of the h after it, ``[N, P]``; otherwise empty.
     """
     steps = BlockSteps(d)
+    cuts = BlockCuts(d, steps)
     x, N, (B, P), H = d.x, steps.starts[-1], d.h_0.shape, d.c_0.size(1)
     grad_output, grad_h_n, grad_c_n = grads
     out_rows = None if grad_output is None else grad_output.reshape(N, P)
@@ -92,10 +94,8 @@ def run_backward(
             *_, o_edge = steps.by_gate(gates, edge)
             c_edge = cells[steps.rows(edge)]
             h_edge = output_again(o_edge, c_edge.view_as(o_edge), d.weight_hr)[2].view(-1, P)
-        c_before = steps.cut_rows(steps.shift(cells[rows], block, c_edge, d.c_0), block)  # [n, H]
-        h_before = steps.cut_rows(
-            steps.shift(h.view(-1, P), block, h_edge, d.h_0), block
-        )  # [n, P or H]
+        c_before = cuts.zero(steps.shift(cells[rows], block, c_edge, d.c_0), block)  # [n, H]
+        h_before = cuts.zero(steps.shift(h.view(-1, P), block, h_edge, d.h_0), block)  # [n, P or H]
 
         n = rows.stop - rows.start
         da, dm_to_dc, d_h_block = scratch.da[:n], scratch.dm_to_dc[:n], scratch.d_h[:n]
@@ -108,7 +108,7 @@ def run_backward(
             d_h_block.copy_(out_rows[rows])
         da_next = da_next_wide = None  # the gradient of a in the step after this one
         views = scratch.views(steps.sizes[block.start : block.stop], f, by_halves)
-        back = steps.in_order(zip(steps.cuts(block), views))[::-1]
+        back = steps.in_order(zip(cuts.of(block), views))[::-1]
         for cut, (d_h_t, da_t, d_h_wide, da_wide, da_ifg, da_o, dm_to_dc_t, f_t) in back:
             if da_next_wide is not None and (steps.dense or da_next_wide.size(-2) == da_t.size(0)):
                 add(d_h_wide, da_next_wide)
@@ -122,8 +122,8 @@ def run_backward(
             lstm_cell_backward(d_h_t, d_c_t, d_c_wide, weight_hr_conj, da_ifg, da_o, dm_to_dc_t, f_t)
             da_next, da_next_wide = da_t, da_wide
             if cut is not None:  # da_t stays as it is, for the sums
-                d_c_t.masked_fill_(cut, 0)
-                da_next = begin_anew(cut, da_t)
+                zero_rows(d_c_t, cut)
+                da_next = with_zeros(da_t, cut)
                 da_next_wide = da_next.expand_as(da_wide)
         if da_next is not None and (need.h_0 or edge is not None):
             torch.mm(da_next, weight_hh_conj, out=d_h[: da_next.size(0)])

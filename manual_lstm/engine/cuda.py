@@ -18,9 +18,10 @@ from torch import Tensor
 from manual_lstm.cell import lstm_cell, lstm_cell_backward, lstm_cell_derivatives, output_again
 from manual_lstm.engine.backward import WeightSums
 from manual_lstm.engine.context import is_capturing
+from manual_lstm.engine.cuts import BlockCuts, with_zeros, zero_rows
 from manual_lstm.engine.direction import Direction, Gradients
 from manual_lstm.engine.forward import Kept
-from manual_lstm.engine.steps import BlockSteps, begin_anew, join_gates, split_gates
+from manual_lstm.engine.steps import BlockSteps, join_gates, split_gates
 
 _cell: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell", None)
 _cell_backward: Any = getattr(torch.ops.aten, "_thnn_fused_lstm_cell_backward_impl", None)
@@ -84,13 +85,13 @@ def run_forward_on_cuda(d: Direction, save: bool) -> Kept:
     h_steps: list[Tensor] = []
     c_steps: list[Tensor] = []
     gates_steps: list[Tensor] = []
-    cuts = steps.cuts(range(len(steps.sizes)))
+    cuts = BlockCuts(d, steps).of(range(len(steps.sizes)))
     for a_t, cut in steps.in_order(zip(a.split_with_sizes(steps.sizes), cuts)):
         b = a_t.size(0)
         if b != h.size(0):
             h, c = steps.resized(h, b, d.h_0), steps.resized(c, b, d.c_0)
         if cut is not None:
-            h, c = begin_anew(cut, h), begin_anew(cut, c)
+            h, c = with_zeros(h, cut), with_zeros(c, cut)
         h, c, gates_t = _cell(a_t, torch.mm(h, weight_hh_t), c)
         h_steps.append(h)
         if save or not steps.dense:
@@ -123,9 +124,11 @@ def run_backward_on_cuda(
     grad_output, grad_h_n, grad_c_n = grads
     by_gate = [gate.reshape(N, H) for gate in split_gates(d, gates)]  # i, f, g, o
     h = output_again(by_gate[3], cells, None)[2]  # [N, H]
-    h_before = steps.cut_rows(steps.shift(h, everything, d.h_0, d.h_0), everything)
-    c_before = steps.cut_rows(steps.shift(cells, everything, d.c_0, d.c_0), everything)
-    cuts = steps.cuts(everything)
+    h_before = steps.shift(h, everything, d.h_0, d.h_0)
+    c_before = steps.shift(cells, everything, d.c_0, d.c_0)
+    cuts = BlockCuts(d, steps)
+    h_before, c_before = cuts.zero(h_before, everything), cuts.zero(c_before, everything)
+    cut_steps = cuts.of(everything)
     gates_steps = torch.cat(by_gate, 1).split_with_sizes(sizes)
     c_steps, c_before_steps = cells.split_with_sizes(sizes), c_before.split_with_sizes(sizes)
     out_rows = cells.new_zeros(N, H) if grad_output is None else grad_output.reshape(N, H)
@@ -143,8 +146,8 @@ def run_backward_on_cuda(
         )
         da_steps[t] = da
         d_h_t = torch.mm(da, d.weight_hh)
-        if (cut := cuts[t]) is not None:
-            d_h_t, d_c_t = begin_anew(cut, d_h_t), begin_anew(cut, d_c_t)
+        if (cut := cut_steps[t]) is not None:
+            d_h_t, d_c_t = zero_rows(d_h_t, cut), zero_rows(d_c_t, cut)
         d_h, d_c = (
             (d_h_t, d_c_t) if b == B else (torch.cat([d_h_t, d_h[b:]]), torch.cat([d_c_t, d_c[b:]]))
         )

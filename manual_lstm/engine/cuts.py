@@ -5,13 +5,15 @@ forwards, the step with the reset begins from a state of zeros, and backwards th
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.context import is_tracing
-from manual_lstm.engine.steps import step_index
+from manual_lstm.engine.context import is_capturing, is_tracing
+from manual_lstm.engine.direction import Direction
+from manual_lstm.engine.steps import BlockSteps, step_index
 
 
 def cuts_of(resets: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
@@ -37,6 +39,74 @@ def cuts_of(resets: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor
     later_sizes = torch.cat([sizes[1:], sizes.new_zeros(1)])
     later = (row + sizes[t]).clamp(max=N - 1)
     return resets[later] & (position < later_sizes[t])
+
+
+class BlockCuts:
+    """Which rows of which steps begin from zeros, for a loop that knows the numbers.
+
+    On the CPU rows are indices: to fill these takes half the time of a mask. Elsewhere they are masks,
+    which nobody has to look at while a CUDA graph is captured.
+    """
+
+    def __init__(self, d: Direction, steps: BlockSteps) -> None:
+        self._starts = steps.starts
+        self._of_steps: list[Tensor | None] = [None] * len(steps.sizes)
+        self._rows: Tensor | None = None  # those of all steps, in packed data
+        if d.cuts is None:
+            return
+        cuts = d.cuts.reshape(-1)  # [N]
+        if is_capturing(cuts.device):
+            self._rows = cuts.unsqueeze(1)
+            self._of_steps = list(self._rows.split_with_sizes(steps.sizes))
+            return
+        rows = cuts.nonzero().squeeze(1)  # [K]
+        if rows.numel() == 0:
+            return
+        starts = torch.tensor(steps.starts, device=rows.device)
+        bounds = torch.searchsorted(rows, starts)
+        counts = bounds.diff()
+        self._bounds: list[int] = bounds.tolist()
+        self._rows = rows
+        if rows.is_cpu:
+            rows = rows - starts[:-1].repeat_interleave(counts)
+            of_steps = rows.split_with_sizes(counts.tolist())
+        else:
+            self._rows = cuts.unsqueeze(1)
+            of_steps = self._rows.split_with_sizes(steps.sizes)
+        there = (a < b for a, b in pairwise(self._bounds))
+        self._of_steps = [rows if cut else None for rows, cut in zip(of_steps, there)]
+
+    def of(self, block: range) -> list[Tensor | None]:
+        """For each step of a block the rows that begin from zeros; ``None`` for none."""
+        return self._of_steps[block.start : block.stop]
+
+    def zero(self, states: Tensor, block: range) -> Tensor:
+        """Write zeros among the states before the steps of a block, ``[n, features]``."""
+        if self._rows is None:
+            return states
+        if self._rows.dtype == torch.bool:
+            return zero_rows(states, self._rows[self._starts[block.start] : self._starts[block.stop]])
+        rows = self._rows[self._bounds[block.start] : self._bounds[block.stop]]
+        return zero_rows(states, rows - self._starts[block.start])
+
+
+def zero_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Write zeros, in place.
+
+    Args:
+        states: ``[b, features]``.
+        rows: indices ``[k]``, or a mask ``[b, 1]``.
+    """
+    if rows.dtype == torch.bool:
+        return states.masked_fill_(rows, 0)
+    return states.index_fill_(0, rows, 0)
+
+
+def with_zeros(states: Tensor, rows: Tensor) -> Tensor:
+    """The same, into a copy."""
+    if rows.dtype == torch.bool:
+        return states.masked_fill(rows, 0)
+    return states.index_fill(0, rows, 0)
 
 
 def check_resets(resets: Any, expected: Sequence[int], device: torch.device) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from manual_lstm.cell import lstm_cell_out
 from manual_lstm.engine import workspace
+from manual_lstm.engine.cuts import BlockCuts, with_zeros, zero_rows
 from manual_lstm.engine.direction import Direction
 from manual_lstm.engine.gemm import gate_product
 from manual_lstm.engine.input_product import InputProduct, input_product
-from manual_lstm.engine.steps import BlockSteps, begin_anew
+from manual_lstm.engine.steps import BlockSteps
 
 _contiguous = torch.contiguous_format  # of all that is returned: a compiled caller counts on it
 _BLOCK_STEPS = 64  # in a block, at most: the fewer, the more blocks share views
@@ -72,20 +73,21 @@ def _run(d: Direction, steps: BlockSteps, product: InputProduct, places: "_Place
     T = len(steps.sizes)
     add = gate_product(d.weight_hh, steps.starts[-1] // T, T, steps.of_one)
     weight_hr_t = None if d.weight_hr is None else d.weight_hr.t()
+    cuts = BlockCuts(d, steps)
     # The state before a step, h widened.
     h, c = d.h_0.expand(2 if steps.of_one else 4, *d.h_0.shape), d.c_0
     for block in steps.blocks(product.most_rows, _BLOCK_STEPS):
         a_block, views = places.enter(block, product.by_step)
         inputs = product.enter(block, a_block)
-        cuts = steps.cuts(block)
-        for x_t, cut, views_t in steps.in_order(zip(inputs, cuts, views)):
+        for x_t, cut, views_t in steps.in_order(zip(inputs, cuts.of(block), views)):
             a, a_ifo, i, f, o, g, c_out, h_out, h_wide = views_t
             if not steps.dense and c_out.size(0) != c.size(0):
                 b = c_out.size(0)
                 h = steps.resized(h, b, d.h_0.expand(4, *d.h_0.shape))
                 c = steps.resized(c, b, d.c_0) if places.save else c_out
             if cut is not None:
-                h, c = begin_anew(cut, h[0]).expand(h.shape), begin_anew(cut, c)
+                h = with_zeros(h[0], cut).expand(h.shape)
+                c = zero_rows(c, cut) if c is c_out else with_zeros(c, cut)
             if x_t is not None:
                 product.of_step(x_t, a)
             add(a, h)

@@ -84,14 +84,31 @@ def _forward(d: Direction, save: bool) -> Kept:
     """Take the steps, by the loop for this device."""
     if d.lengths is not None:
         return run_forward_packed(d, save, _forward)
-    return cuda.run_forward_on_cuda(d, save) if cuda.fits(d) else run_forward(d, save)
+    shape, d = d.x.shape, _as_dense(d)
+    kept = cuda.run_forward_on_cuda(d, save) if cuda.fits(d) else run_forward(d, save)
+    kept.output.resize_(*shape[:-1], kept.output.size(-1))  # autograd lets nobody write to a view
+    return kept
 
 
 def _take_back(d: Direction, *arguments: Any) -> tuple[Tensor, ...]:
     """Go back through the steps, by the loop for this device."""
     if d.lengths is not None:
         return run_backward_packed(d, arguments, _take_back)
-    return (cuda.run_backward_on_cuda if cuda.fits(d) else run_backward)(d, *arguments)
+    shape, d = d.x.shape, _as_dense(d)
+    run = cuda.run_backward_on_cuda if cuda.fits(d) else run_backward
+    d_x, *rest = run(d, *arguments)
+    return d_x.view(shape) if d_x.dim() == 3 else d_x, *rest
+
+
+def _as_dense(d: Direction) -> Direction:
+    """Take packed sequences of one length for what they are, which the loops are faster with."""
+    if d.batch_sizes is None:
+        return d
+    (N, I), T, B = d.x.shape, d.batch_sizes.size(0), d.h_0.size(0)
+    if T == 0 or N != T * B or int(d.batch_sizes[-1]) != B:
+        return d
+    cuts = None if d.cuts is None else d.cuts.reshape(T, B)
+    return d._replace(x=d.x.reshape(T, B, I), batch_sizes=None, cuts=cuts)
 
 
 def _direction(*arguments: Any) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from manual_lstm.cell import Step
-from manual_lstm.engine.context import is_capturing, is_compiling, is_grad_enabled
+from manual_lstm.engine.context import is_compiling, is_grad_enabled
 from manual_lstm.engine.direction import AllSteps, Direction
 
 _ROWS_UNKNOWN = "a compiled or transformed function does not know how many rows each step has"
@@ -264,33 +264,6 @@ class BlockSteps(Steps):
             )
         if d.batch_sizes is not None:
             self._by_step = _places_by_step(d.batch_sizes.to(d.x.device), rows)
-        self._are_cut = self._find_cuts(d)
-
-    def _find_cuts(self, d: Direction) -> Sequence[bool]:
-        """Whether sequences begin anew at each step."""
-        if d.cuts is None:
-            return [False] * len(self.sizes)
-        self._cut_rows = d.cuts.reshape(-1, 1)  # [N, 1]
-        if is_capturing(d.x.device):  # nobody can look at numbers
-            return [True] * len(self.sizes)
-        if self.dense:
-            return d.cuts.any(1).tolist()
-        starts = torch.tensor(self.starts, device=d.cuts.device)
-        counts = torch.cat([starts.new_zeros(1), d.cuts.cumsum(0)])[starts]  # before each step
-        return (counts.diff() > 0).tolist()
-
-    def cuts(self, block: range) -> list[Tensor | None]:
-        """For each step of a block which sequences begin anew, ``[b, 1]``; ``None`` where none does."""
-        if self._cut_rows is None:
-            return [None] * len(block)
-        rows = self._cut_rows
-        return [rows[self.starts[t] : self.starts[t + 1]] if self._are_cut[t] else None for t in block]
-
-    def cut_rows(self, states: Tensor, block: range) -> Tensor:
-        """The states before the steps of a block, ``[n, features]``: see :meth:`Steps.cut`."""
-        if self._cut_rows is None or not any(self._are_cut[block.start : block.stop]):
-            return states
-        return begin_anew(self._cut_rows[self.rows(block)], states)
 
     def blocks(self, most_rows: int, most_steps: int) -> list[range]:
         """Ranges of neighbouring steps, in the order they are taken.
