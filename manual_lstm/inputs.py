@@ -275,7 +275,10 @@ class Padded(Dense):
         return steps if self._padding is None else self._padding.pack(resets)
 
     def leave_sequence(self, rows: Tensor) -> Tensor:
-        return super().leave_sequence(rows) if self._padding is None else self._padding.pad(rows)
+        if self._padding is not None:
+            return self._padding.pad(rows)
+        # As padding returns it.
+        return super().leave_sequence(rows).clone(memory_format=torch.contiguous_format)
 
     def _layout(self, backward: bool) -> Layout:
         return super()._layout(backward)._replace(form="padded")
@@ -311,16 +314,18 @@ class Packed(Inputs):
                 f"resets should be a PackedSequence like the input, but got {type(resets).__name__}"
             )
         assert self.batch_sizes is not None
-        check_resets(resets.data[: self.x.size(0)], (self.x.size(0),), self.x.device)
-        pairs = (resets.batch_sizes, self.batch_sizes), (resets.sorted_indices, self._sorted)
-        if not is_tracing() and not is_compiling() and not all(_are_equal(*pair) for pair in pairs):
+        N = self.x.size(0)
+        rows = resets.data.narrow(0, 0, N) if resets.data.size(0) > N else resets.data
+        check_resets(rows, (N,), self.x.device)
+        given = resets.batch_sizes, resets.sorted_indices
+        wanted = self.batch_sizes, self._sorted
+        known = all(t is None or has_numbers(t) for t in (*given, *wanted))
+        if known and not all(map(_are_equal, given, wanted)):
             raise ValueError(
-                "resets should be packed like the input, with the same lengths in the same order, but "
-                f"got batch_sizes {_described(resets.batch_sizes)} and sorted_indices "
-                f"{_described(resets.sorted_indices)} for {_described(self.batch_sizes)} and "
-                f"{_described(self._sorted)}"
+                "resets should be packed like the input, with batch_sizes and sorted_indices "
+                f"{_described(*wanted)}, but got {_described(*given)}"
             )
-        return resets.data[: self.x.size(0)]
+        return rows
 
     def leave_sequence(self, rows: Tensor) -> PackedSequence:
         assert self.batch_sizes is not None
@@ -469,11 +474,11 @@ def _as_pair(hx: Any, rank: int, packed: bool, indexed: bool) -> tuple[Tensor, T
 
 
 def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    return a is b or (a is not None and b is not None and a.tolist() == b.tolist())
 
 
-def _described(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.tolist()
+def _described(*tensors: Tensor | None) -> str:
+    return " and ".join(str(None if t is None else t.tolist()) for t in tensors)
 
 
 def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:

@@ -79,6 +79,15 @@ class ManualLSTM(nn.Module):
         - input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`; of the parameters' dtype and device. Also a
           nested tensor of layout ``torch.jagged``, ``[B, j, I]`` whatever ``batch_first`` says.
+        - lengths: by name only; of padded input, ``[B]`` integers from 0 to T: a list, or a tensor on
+          any device. The answer is that of packing, the layer and padding: the output is zero in the
+          padding, and every sequence has its own last step. What stands in the padding does not
+          matter. A sequence of length 0 returns its states as they are.
+        - resets: by name only; bool, in the form of the input without its features: ``[T, B]``, with
+          ``batch_first`` ``[B, T]``, unbatched ``[T]``, packed or nested. True where a new sequence
+          begins: the answer is that of every piece alone, in both directions, and no gradient passes
+          from one to another. h_n is that of the last piece forwards, and of the first backwards.
+          hx acts on the first piece forwards, if no reset begins it, and on the last backwards.
         - hx: ``None`` for zeros, or the pair of h_0, ``[L * D, B, P or H]``, and c_0,
           ``[L * D, B, H]``; without B where the input has none.
         - output: as the input, with ``D * (P or H)`` features.
@@ -95,9 +104,11 @@ class ManualLSTM(nn.Module):
         The backward direction's have the suffix ``_reverse``. Gates stand in the order i, f, g, o.
 
     Raises:
-        TypeError: an argument of the wrong type; an ``hx`` that is not a pair of tensors.
+        TypeError: an argument of the wrong type; an ``hx`` that is not a pair of tensors; ``lengths``
+            that are no integers; ``resets`` of another dtype or form than bools like the input.
         ValueError: an argument out of range; an input of the wrong rank, or of another dtype
-            than the parameters.
+            than the parameters; ``lengths`` out of range, of another number than B, or with input
+            that is not padded; ``resets`` of another shape than the input's.
         RuntimeError: sizes that do not fit; ``hx`` of the wrong rank, size or dtype; tensors on
             different devices.
 
@@ -110,6 +121,12 @@ class ManualLSTM(nn.Module):
         >>> output.shape, h_n.shape, c_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
         >>> _ = nn.LSTM(10, 20, num_layers=2).load_state_dict(layer.state_dict())
+        >>> output, _ = layer(torch.randn(5, 3, 10), lengths=[5, 2, 4])  # a padded batch
+        >>> output[2:, 1].abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
+        >>> resets = torch.zeros(5, 3, dtype=torch.bool)
+        >>> resets[2, 1] = True  # in the second row, another sequence begins at step 2
+        >>> output, _ = layer(torch.randn(5, 3, 10), resets=resets)
     """
 
     # A new option needs: an argument of __init__, its check in engine/arguments.py, an attribute set
@@ -392,8 +409,7 @@ class ManualLSTM(nn.Module):
         ``forward`` that runs this class's several times gives the gates of the first.
 
         Args:
-            input: as for :meth:`forward`.
-            hx: as for :meth:`forward`. All arguments are passed on as they are.
+            input, hx, lengths, resets: as for :meth:`forward`. All arguments are passed on as they are.
 
         Returns:
             The output, (h_n, c_n), and for every layer and direction i, f, g, o, c, m and h. See

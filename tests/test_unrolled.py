@@ -147,7 +147,7 @@ def test_nested_input_gives_nested_fields() -> None:
     for name in FIELDS:
         for actual, expected in zip(getattr(nested, name), getattr(packed, name)):
             torch.testing.assert_close(list(actual.unbind()), unpack_sequence(expected), rtol=0, atol=0)
-    with pytest.raises(TypeError, match="packed or nested"):
+    with pytest.raises(TypeError, match="packed, nested or padded"):
         nested.after(0)
 
 
@@ -199,7 +199,7 @@ def test_after_what_is_no_step() -> None:
         with pytest.raises(IndexError, match=f"a step of the 5 that there are, but got {t}"):
             unrolled.after(t)
     packed = make_layer().unroll(pack_sequence([randn(2, 3)]))
-    with pytest.raises(TypeError, match="packed or nested"):
+    with pytest.raises(TypeError, match="packed, nested or padded"):
         packed.after(0)
 
 

@@ -28,9 +28,17 @@ def ramp(like: Tensor) -> Tensor:
 
 
 def forward_and_backward(
-    layer: nn.Module, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
+    layer: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
     """Run ``layer`` forwards and backwards.
+
+    Args:
+        layer: the layer.
+        input, hx: what it is called with.
+        call: what to call instead of the layer.
 
     Returns:
         The output (of packed output, the data), h_n and c_n by these names, and the gradients of the
@@ -44,7 +52,7 @@ def forward_and_backward(
         sources |= {"h_0": hx[0], "c_0": hx[1]}
     sources |= dict(layer.named_parameters())
 
-    output, (h_n, c_n) = layer(
+    output, (h_n, c_n) = (call or layer)(
         input._replace(data=data) if isinstance(input, PackedSequence) else data, hx
     )
     results = {"output": data_of(output), "h_n": h_n, "c_n": c_n}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_lstm.engine.context import is_capturing, is_tracing
+from manual_lstm.engine.context import has_numbers, is_capturing, is_tracing
 from manual_lstm.engine.direction import Direction
 from manual_lstm.engine.steps import BlockSteps, step_index
 
@@ -27,18 +27,21 @@ def cuts_of(resets: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor
     if not reverse:
         return resets
     if batch_sizes is None:
-        return torch.cat([resets, resets.new_zeros(1, resets.size(1))])[1:]
+        T, B = resets.shape
+        return torch.cat([resets, resets.new_zeros(1, B)]).narrow(0, 1, T)
     # Of each row, the row of the same sequence one step later.
     N, device = resets.size(0), resets.device
     if N == 0:
         return resets
+    if has_numbers(batch_sizes):  # then they need not be fake where the rest is
+        batch_sizes = torch.tensor(batch_sizes.tolist())
     sizes = batch_sizes.to(device)
     t = step_index(resets, sizes)  # [N]
     row = torch.arange(N, device=device)
-    position = row - (sizes.cumsum(0) - sizes)[t]
-    later_sizes = torch.cat([sizes[1:], sizes.new_zeros(1)])
-    later = (row + sizes[t]).clamp(max=N - 1)
-    return resets[later] & (position < later_sizes[t])
+    position = row - (sizes.cumsum(0) - sizes).index_select(0, t)
+    later_sizes = torch.cat([sizes, sizes.new_zeros(1)]).index_select(0, t + 1)
+    later = (row + sizes.index_select(0, t)).clamp(max=N - 1)
+    return resets.index_select(0, later) & (position < later_sizes)
 
 
 class BlockCuts:

@@ -30,7 +30,12 @@ class Padding:
 
     def __init__(self, lengths: Tensor, T: int, batch_first: bool, device: torch.device) -> None:
         self._T, self._B, self._batch_first = T, lengths.size(0), batch_first
-        lengths, order = torch.sort(lengths, descending=True)
+        # As packing, which refuses empty sequences, sorts the others.
+        filled = lengths.nonzero().squeeze(1)
+        order = torch.cat(
+            [filled[lengths[filled].sort(descending=True)[1]], lengths.eq(0).nonzero().squeeze(1)]
+        )
+        lengths = lengths[order]
         step = torch.arange(int(lengths[0]) if self._B else 0).unsqueeze(1)
         present = step < lengths  # [longest, B]
         row = order * T + step if batch_first else step * self._B + order

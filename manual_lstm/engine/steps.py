@@ -203,7 +203,7 @@ class PaddedSteps(Steps):
 
     def carry(self, t: int, new: Tensor, state: Tensor) -> Tensor:
         """As :meth:`Steps.carry`: rows that have no step t keep their state."""
-        return torch.where(self.present[t], new, state)
+        return torch.where(self.present.select(0, t), new, state)
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """As :meth:`Steps.join`."""

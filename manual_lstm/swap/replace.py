@@ -108,7 +108,8 @@ def restore_lstm(
 
     This reverses :func:`replace_lstm`, and works in the same way: it takes, returns and raises the
     same. Afterwards the model no longer needs this package, unless a warning named a layer that was
-    left as it is.
+    left as it is. A model that calls a layer with ``lengths`` or ``resets`` needs ManualLSTM: nn.LSTM
+    does not take them.
 
     Example:
         >>> from manual_lstm import replace_lstm, restore_lstm

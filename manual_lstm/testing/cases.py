@@ -32,6 +32,8 @@ OPTIONS: dict[str, Any] = {
     "proj_size": 0,
 }
 FORMS = ("dense", "unbatched", "packed", "packed unsorted", "packed by hand")
+# Arguments of a call that nn.LSTM does not have. With lengths, the form is "padded".
+KEYWORDS = ("lengths", "resets")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 # What a layer may lack. "packed" stands for all three packed forms, "strides" for every layout that
 # is not contiguous.
@@ -52,9 +54,11 @@ class Case:
 
     Args:
         options: all of nn.LSTM's arguments from ``input_size`` to ``proj_size``, by name.
-        form: ``"dense"``, ``"unbatched"``, ``"packed"``, ``"packed unsorted"`` or ``"packed by
-            hand"`` (a PackedSequence of data and batch_sizes alone).
-        lengths: the number of steps of each sequence. For dense input, B times T.
+        form: ``"dense"``, ``"unbatched"``, ``"packed"``, ``"packed unsorted"``, ``"packed by
+            hand"`` (a PackedSequence of data and batch_sizes alone) or ``"padded"`` (called with
+            ``lengths``).
+        lengths: the number of steps of each sequence. For dense input, B times T; of padded input
+            some may be 0.
         layout: how the input lies in memory: ``"contiguous"``, ``"transposed"``, ``"expanded"``
             or ``"sliced"``.
         with_hx: whether the layer is called with initial states.
@@ -62,6 +66,8 @@ class Case:
         dtype: of parameters, input and states.
         device: of the same tensors.
         seed: the seed for parameters, input, states and dropout.
+        resets: the probability with which a step begins a new sequence. If positive, the layer is
+            called with ``resets``.
 
     Example:
         >>> case = Case({"input_size": 3, "hidden_size": 4, **OPTIONS}, "dense", [5, 5])
@@ -80,6 +86,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     seed: int = 0
+    resets: float = 0.0
 
     @property
     def given(self) -> dict[str, Any]:
@@ -118,8 +125,8 @@ class Case:
         """
         torch.manual_seed(self.seed + 1)
         features = self.options["input_size"]
-        if self.form == "dense":
-            T, B = self.lengths[0] if self.lengths else 3, len(self.lengths)
+        if self.form in ("dense", "padded"):
+            T, B = self.steps, len(self.lengths)
             shape = (B, T, features) if self.options["batch_first"] else (T, B, features)
             return self._lay_out(self.randn(*shape))
         if self.form == "unbatched":
@@ -132,6 +139,33 @@ class Case:
         if self.form == "packed by hand":
             return PackedSequence(packed.data, packed.batch_sizes)
         return packed
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of dense and padded input, T. The longest sequence may have padding."""
+        if self.form == "padded":
+            return max(self.lengths, default=1) + self.seed % 3
+        return self.lengths[0] if self.lengths else 3
+
+    def keywords(self) -> dict[str, Any]:
+        """Make the arguments that nn.LSTM does not have: ``lengths`` of padded input, ``resets``.
+
+        Returns:
+            Nothing for a case that nn.LSTM can be called with. The lengths are a list; the resets have
+            the form of the input: a bool tensor, or a PackedSequence of bools.
+        """
+        made: dict[str, Any] = {}
+        if self.form == "padded":
+            made["lengths"] = list(self.lengths)
+        if self.resets:
+            input = self.input()
+            torch.manual_seed(self.seed + 4)
+            data = input.data if isinstance(input, PackedSequence) else input
+            resets = torch.rand(data.shape[:-1]) < self.resets
+            resets = resets.to(self.device)
+            packed = isinstance(input, PackedSequence)
+            made["resets"] = input._replace(data=resets) if packed else resets  # type: ignore[union-attr]
+        return made
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Return ``x`` in the layout of the case. An expanded tensor repeats its first row."""
@@ -163,6 +197,7 @@ def cases(
     without: Collection[str] = (),
     always: Collection[str] = (),
     large: bool = True,
+    beyond: Collection[str] = (),
 ) -> Case:
     """Draw a :class:`Case`.
 
@@ -178,6 +213,10 @@ def cases(
             ``without`` is left out.
         large: if true, H and I reach 70, B 40 and T 60, though small sizes are more likely. Otherwise
             they reach 6, 5 and 5.
+        beyond: what nn.LSTM does not have: ``"lengths"`` also draws padded input, with lengths of 0
+            among others, and ``"resets"`` also draws resets. Call the layer with
+            ``**case.keywords()``; :func:`assert_same_layer` runs nn.LSTM on packed input, and piece by
+            piece. A case with resets has no dropout.
 
     There is no dropout on devices other than the CPU, whose kernels draw other random numbers. There
     is no double precision on MPS, which does not support it.
@@ -195,7 +234,9 @@ def cases(
         >>> test_the_output_has_a_row_for_each_step()
     """
     allowed = {*FEATURES, "dense"}
-    if not allowed >= set(without) or not _forms(without):
+    if not set(KEYWORDS) >= set(beyond):
+        raise ValueError(f"beyond should name some of {list(KEYWORDS)}, but got {sorted(beyond)}")
+    if not allowed >= set(without) or not _forms(without, beyond):
         raise ValueError(
             f"without should name some of {sorted(allowed)} and leave a form of input, "
             f"but got {sorted(without)}"
@@ -225,17 +266,20 @@ def cases(
         "bidirectional": option("bidirectional", st.booleans()),
         "proj_size": option("proj_size", st.just(0) | st.integers(1, H - 1)) if H > 1 else 0,
     }
-    if num_layers > 1 and device == "cpu":
+    resets = draw(st.sampled_from([0.05, 0.3, 1.0])) if "resets" in beyond else 0.0
+    if num_layers > 1 and device == "cpu" and not resets:
         options["dropout"] = option("dropout", st.sampled_from([0.0, 0.3, 1.0]))
     T = st.integers(1, 7) | st.integers(1, 60) if large else st.integers(1, 5)
     B = draw(st.integers(1, 5) | st.integers(1, 40) if large else st.integers(1, 5))
-    forms = _forms(without)
+    forms = _forms(without, beyond)
     # This form is drawn twice as often, because a layer can handle it wrongly in the most ways.
     form = draw(st.sampled_from(forms + forms.count("packed unsorted") * ["packed unsorted"]))
     if form == "dense":
         lengths = [draw(T)] * draw(st.sampled_from([B] if "batch of 0" in without else [B, B, B, B, 0]))
     elif form == "unbatched":
         lengths = [draw(T)]
+    elif form == "padded":
+        lengths = draw(st.lists(st.just(0) | T, min_size=B, max_size=B))
     else:
         lengths = draw(st.lists(T, min_size=B, max_size=B))
     return Case(
@@ -248,10 +292,13 @@ def cases(
         dtype=dtype,
         device=device,
         seed=draw(st.integers(0, 2**16)),
+        resets=resets,
     )
 
 
-def _forms(without: Collection[str]) -> list[str]:
+def _forms(without: Collection[str], beyond: Collection[str]) -> list[str]:
     """Return the forms of input that are left."""
     packed = "packed" not in without
-    return [form for form in FORMS if form not in without and (packed or not form.startswith("packed"))]
+    forms = [name for name in FORMS if name not in without]
+    forms = [name for name in forms if packed or not name.startswith("packed")]
+    return [*forms, *(["padded"] if "lengths" in beyond else [])]

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.check.parity import data_of, forward_and_backward
 from manual_lstm.testing.cases import Case, Input, State
+from manual_lstm.testing.pieces import run_in_pieces
 
 # Outputs, states and gradients by name, as forward_and_backward returns them.
 Results = dict[str, Tensor]
@@ -45,7 +47,15 @@ def _seed_and_run(layer: nn.Module, case: Case, input: Input, hx: State | None) 
     # cuDNN refuses strided states, and a backward in eval mode; torch has another kernel on CUDA.
     cudnn_off = torch.backends.cudnn.flags(enabled=False) if case.device == "cuda" else nullcontext()
     with _quiet(), cudnn_off:
-        return forward_and_backward(layer, input, hx)
+        return forward_and_backward(layer, input, hx, lambda *args: call_layer(layer, case, *args))
+
+
+def call_layer(layer: nn.Module, case: Case, input: Input, hx: State | None) -> Any:
+    """Call a layer on a case, with the arguments that nn.LSTM does not have; it runs in pieces."""
+    keywords = case.keywords()
+    if keywords and isinstance(layer, nn.LSTM):
+        return run_in_pieces(layer, input, hx, **keywords)
+    return layer(input, hx, **keywords)
 
 
 def relative_errors(layer: nn.Module, case: Case, exact: Results) -> dict[str, float]:
@@ -131,7 +141,7 @@ def _parameter_names(results: Results) -> list[str]:
 def _assert_same_form(a: nn.Module, b: nn.Module, case: Case) -> None:
     """Assert that both return the same types, shapes, dtypes, devices and packed indices."""
     with _quiet(), torch.no_grad():
-        actual, expected = (layer(case.input(), case.hx()) for layer in (a, b))
+        actual, expected = (call_layer(layer, case, case.input(), case.hx()) for layer in (a, b))
     try:
         output, (h_n, c_n) = actual
     except (TypeError, ValueError):

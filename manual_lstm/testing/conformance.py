@@ -11,13 +11,14 @@ from itertools import chain
 import torch
 from torch import nn
 
-from manual_lstm.testing.cases import FEATURES, Factory, Load, load_state_dict
+from manual_lstm.testing.cases import FEATURES, KEYWORDS, Factory, Load, load_state_dict
 from manual_lstm.testing.probes import BEYOND, IMPLIED, PROBES, Subject
 
 OK = "ok"
 LACKS = "lacks"  # the caller declared that the class lacks it
 DIFFERS = "differs"  # the caller declared that the class does it in another way
 AS_OFFICIAL = "as nn.LSTM"  # the class fails here as nn.LSTM does
+NOT_OFFERED = "not offered"  # an argument that nn.LSTM does not have either
 FAILS = "FAILS"
 
 # The rows whose feature the other rows can leave out, when the class lacks it or fails at it.
@@ -50,8 +51,8 @@ class Check:
         """Run the check, and raise what it raised.
 
         Raises:
-            unittest.SkipTest: the class lacks this or differs here, as declared, or fails as nn.LSTM
-                does. pytest shows the reason.
+            unittest.SkipTest: the class lacks this or differs here, as declared, or does not offer
+                what nn.LSTM has not, or fails as nn.LSTM does. pytest shows the reason.
         """
         outcome = self.run()
         if outcome.status == FAILS and outcome.error is not None:
@@ -63,6 +64,8 @@ class Check:
         """Run the check, and leave the state of the random number generators as it was."""
         if self.lacks:
             return Outcome(self.name, LACKS, "declared")
+        if self.name in KEYWORDS and not self.subject.offers(self.name):
+            return Outcome(self.name, NOT_OFFERED, f"forward has no argument {self.name}")
         error = _run_probe(self.name, self.subject)
         if error is None:
             stale = "" if self.accepted is None else "declared to differ, and does not"
@@ -190,6 +193,9 @@ def check_lstm(
     input, dtypes, strides, dropout, the exceptions, parameters and checkpoints, and what every Module
     can do. Values and gradients are compared with nn.LSTM's by :func:`assert_same_layer`, on cases
     that hypothesis draws. The cases are the same in every run.
+
+    Two rows are about arguments that nn.LSTM does not have, ``lengths`` and ``resets``: they run where
+    ``forward`` has an argument of this name.
 
     Declare in ``lacks`` what the class does not have. The table shows it, and all other rows leave it
     out. An option or a form of input that failed in its own row is left out of the others too.

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """The form of the input, and so of every field.
 
     Attributes:
-        form: ``"dense"``, ``"packed"`` or ``"nested"``.
+        form: ``"dense"``, ``"padded"``, ``"packed"`` or ``"nested"``.
         batched: of dense input, whether it has a dimension of the batch.
         time_dim: of dense input, the dimension of time, from the end: -3 or -2.
         backward: whether some directions go from the last step to the first.
@@ -186,13 +186,15 @@ class Unrolled(tuple[Any, ...]):
             h, ``[L * D, B, P or H]``, and c, ``[L * D, B, H]``, without B where the input has none.
 
         Raises:
-            TypeError: the input was packed or nested: its sequences end at steps of their own. Or the
-                layer is bidirectional: its backward direction comes from the other end.
+            TypeError: the input was packed, nested or padded: its sequences end at steps of their own.
+                Or the layer is bidirectional: its backward direction comes from the other end.
             IndexError: there is no such step.
             RuntimeError: a transform has put a dimension of its own elsewhere than first.
         """
         if self._layout.form != "dense":
-            raise TypeError("after should be asked of dense input, but the input was packed or nested")
+            raise TypeError(
+                "after should be asked of dense input, but the input was packed, nested or padded"
+            )
         if self._layout.backward:
             raise TypeError(
                 "after should be asked of a layer that only goes forwards, but this one is "
@@ -294,7 +296,7 @@ class Unrolled(tuple[Any, ...]):
 
     def _one(self, sequence: Any, sample: int) -> Tensor:
         """One sample of a sequence, ``[T, features]``."""
-        if self._layout.form == "dense":
+        if self._layout.form in ("dense", "padded"):
             rank = 2 + self._layout.batched
             if sequence.dim() != rank:
                 raise ValueError(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from manual_lstm.check.parity import data_of
-from manual_lstm.testing.cases import FEATURES, Case
+from manual_lstm.testing.cases import FEATURES, KEYWORDS, Case
 from manual_lstm.testing.probes.subject import Probe, Probes, Subject, assert_near
 
 PROBES = Probes()
+_MANY = ("num_layers", "bidirectional", "proj_size")
 
 
 def _compares_with(*features: str, **draw_options: Any) -> Probe:
@@ -111,6 +112,18 @@ def _no_steps(subject: Subject) -> None:
     initial = hx or [torch.zeros_like(state) for state in states]
     for name, final, start in zip(("h_n", "c_n"), states, initial):
         assert torch.equal(final, start), f"{name} should be the initial state"
+
+
+# What nn.LSTM has no arguments for.
+
+PROBES.add("lengths")(
+    _compares_with("hx", "batch_first", *_MANY, "dropout", dense=False, beyond={"lengths"})
+)
+PROBES.add("resets")(
+    _compares_with(
+        "hx", "batch_first", *_MANY, "unbatched", "packed unsorted", "packed", beyond=KEYWORDS
+    )
+)
 
 
 # The output, apart from its values.

@@ -1,5 +1,6 @@
 """The class under test, the cases that a probe tries on it, and what a set of probes is."""
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,6 +66,7 @@ class Subject:
         large: bool = False,
         dense: bool = True,
         always: Collection[str] = (),
+        beyond: Collection[str] = (),
     ) -> None:
         """Run ``test`` on drawn cases that have no other features than these.
 
@@ -75,8 +77,16 @@ class Subject:
             without.add("dense")
         # In low precision, devices differ in their results and in what they support.
         devices = ["cpu"] if dtype else DEVICES
-        drawn = cases([dtype or self.dtype], devices, without, always, large)
+        drawn = cases([dtype or self.dtype], devices, without, always, large, beyond)
         search_settings(self.max_examples * (4 if large else 1))(given(case=drawn)(test))()
+
+    def offers(self, keyword: str) -> bool:
+        """Whether the layer is called with an argument of this name."""
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            try:
+                return keyword in inspect.signature(self.make(2, 3).forward).parameters
+            except Exception:  # the rows of the constructor say what is wrong with it
+                return False
 
     def lacking(self, *names: str) -> "Subject":
         """Return the same subject without these features too."""
