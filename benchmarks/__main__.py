@@ -17,6 +17,7 @@ from benchmarks import (
     plot,
     precision,
     scaling,
+    sequences,
     speed,
     targets,
 )
@@ -148,6 +149,14 @@ def _per_sample(
     return 0
 
 
+def _sequences(
+    arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]
+) -> int:
+    cases = arguments.shapes or sequences.CASES
+    results.extend(sequences.print_sequences_table(cases, _effort(arguments, 3.0, 5), settings))
+    return 0
+
+
 def _cold(arguments: argparse.Namespace, settings: Settings, results: list[dict[str, object]]) -> int:
     results.extend(cold.print_cold_table(arguments.rounds or 7, settings))
     return 0
@@ -226,6 +235,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(
         commands, "deploy", _deploy, "eager, compiled, exported, AOTInductor, onnxruntime"
+    )
+    _shapes(command)
+    _timing(command)
+
+    command = _command(
+        commands, "sequences", _sequences, "padded batches, and many sequences in one row"
     )
     _shapes(command)
     _timing(command)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import data_of
 from manual_lstm.engine import stack
+from manual_lstm.engine.cuts import cuts_of
 from manual_lstm.testing import Case, assert_same_layer, cases, check_lstm, lstm_checks
 from manual_lstm.testing.__main__ import load_quantizable
 from manual_lstm.testing.cases import OPTIONS, Factory
@@ -242,7 +243,7 @@ class _CutsOneWay(ManualLSTM):
     """Lets the state through where a sequence ends, in the backward direction."""
 
     def forward(self, input: Any, hx: Any = None, *_: Any, resets: Any = None, **options: Any) -> Any:
-        cuts_of = stack.cuts_of
+
         with patched(stack, cuts_of=lambda resets, sizes, reverse: cuts_of(resets, sizes, False)):
             return super().forward(input, hx, resets=resets, **options)
 

@@ -174,7 +174,7 @@ def test_lengths_belong_to_padded_input() -> None:
 def test_vmap_over_batches_of_lengths(cls: type[ManualLSTM], options: dict[str, Any]) -> None:
     layer = cls(3, 4, **options, dtype=torch.float64)
     inputs = [example(layer, lengths=lengths) for lengths in ((4, 0, 6), (6, 1, 2), (0, 0, 0))]
-    x, lengths = (torch.stack(parts) for parts in zip(*inputs))
+    x, lengths = torch.stack([i[0] for i in inputs]), torch.stack([i[1] for i in inputs])
     parameters = dict(layer.named_parameters())
 
     def loss(parameters: Any, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
@@ -201,7 +201,7 @@ def test_derivatives_of_higher_order(options: dict[str, Any]) -> None:
         output: Tensor = layer(x, lengths=lengths)[0]
         return output
 
-    _, found = torch.func.jvp(run, (x,), (tangent,))
+    found = torch.func.jvp(run, (x,), (tangent,))[1]
     clean, step = x.nan_to_num(), 1e-6
     expected = (run(clean + step * tangent) - run(clean - step * tangent)) / (2 * step)
     assert_near(found, expected, 1e-8)
@@ -221,16 +221,16 @@ def test_a_compiled_function_serves_all_lengths(cls: type[ManualLSTM], backend: 
     def count(graph: Any, inputs: Any) -> Any:
         nonlocal graphs
         graphs += 1
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)  # type: ignore[no-untyped-call]
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
-    @torch.compile(fullgraph=True, backend=count)  # type: ignore[untyped-decorator]
+    @torch.compile(fullgraph=True, backend=count)
     def compiled(x: Tensor, lengths: Tensor) -> Any:
         return layer(x, lengths=lengths)
 
     for T, lengths in ((5, (5, 2, 0)), (7, (3, 3, 1, 7)), (4, (0, 0, 0, 4, 2)), (6, (6, 1))):
         x, of_x = example(layer, T, lengths)
-        expected = results(lambda x, of_x=of_x: layer(x, lengths=of_x), x, parameters)  # type: ignore[misc]
-        actual = results(lambda x, of_x=of_x: compiled(x, of_x), x, parameters)  # type: ignore[misc]
+        expected = results(lambda x, of_x=of_x: layer(x, lengths=of_x), x, parameters)
+        actual = results(lambda x, of_x=of_x: compiled(x, of_x), x, parameters)
         assert_near(actual, expected, 1e-11)
     assert graphs <= 2
 
@@ -294,7 +294,7 @@ def test_aotinductor(options: dict[str, Any], tmp_path: Path) -> None:
     program = torch.export.export(Model(layer), example(layer), dynamic_shapes=_dynamic(layer))
     file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
     x, lengths = example(layer, 9, (9, 0, 3))
-    loaded = torch._inductor.aoti_load_package(file)  # type: ignore[no-untyped-call]
+    loaded = torch._inductor.aoti_load_package(file)
     torch.testing.assert_close(loaded(x, lengths), layer(x, lengths=lengths))
 
 
@@ -380,7 +380,7 @@ def test_unroll(options: dict[str, Any]) -> None:
 def test_masked_fields_are_zero_in_the_padding() -> None:
     layer = ManualLSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
     inputs = [example(layer, lengths=lengths) for lengths in ((4, 0, 6), (6, 1, 2))]
-    x, lengths = (torch.stack(parts) for parts in zip(*inputs))
+    x, lengths = torch.stack([i[0] for i in inputs]), torch.stack([i[1] for i in inputs])
     fields = torch.vmap(lambda x, lengths: layer.unroll(x, lengths=lengths).f)(x, lengths)
     for k, (one, of_one) in enumerate(inputs):
         assert_near(tuple(f[k] for f in fields), layer.unroll(one, lengths=of_one).f)

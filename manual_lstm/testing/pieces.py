@@ -62,7 +62,10 @@ def run_in_pieces(
         return output, states
     outputs, states = _run_pieces(lstm, sequences, hx, cut)
     padded = [torch.cat([y, y.new_zeros(T - len(y), y.size(1))]) for y in outputs]
-    return torch.stack(padded, batch_dim), states
+    output = torch.stack(padded, batch_dim)
+    if not any(lengths):
+        output = output + 0 * input[..., :1]  # so that there is a gradient, of zeros
+    return output, states
 
 
 def _run_packed(
