@@ -28,19 +28,19 @@ def run_scan(d: Direction, prepare: Prepare | None = None, keep: bool = False) -
     packed, padded = d.batch_sizes is not None, d.lengths is not None
     steps = steps_of(d) if packed or padded else None
     assert steps is None or isinstance(steps, PaddedSteps)  # the rows of each step are not known
-    B = d.h_0.size(0)
+    B, n = d.h_0.size(0), 1 + len(of_steps)
 
     def take_step(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         h, c = state
         if not packed:  # AOTInductor sizes its results by what the step takes: B has to be there
             h = h.expand(B, -1)
-        x_t, *rows = inputs
+        x_t, rows, more = inputs[0], inputs[1:n], inputs[n:]
         if packed:  # B is not known while compiling, and some operations ask
             torch._check(x_t.size(0) >= 1)  # type: ignore[no-untyped-call]
-        present = None if steps is None else rows.pop()  # [B, 1]
+        present = None if steps is None else more[-1]  # [B, 1]
         before = h, c
         if d.cuts is not None:
-            cut = rows.pop().unsqueeze(1)  # [B, 1]
+            cut = more[0].unsqueeze(1)  # [B, 1]
             before = begin_anew(cut, h), begin_anew(cut, c)
         step = cell(x_t, *before, d.weight_hh, d.weight_hr, *rows)
         h_t, c_t = step.h, step.c

@@ -22,8 +22,10 @@ _EXACT = {torch.float64: 1e-12, torch.complex128: 1e-9}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+def _quiet(case: Case) -> Iterator[None]:
+    # cuDNN refuses strided states, and a backward in eval mode; torch has another kernel on CUDA.
+    cudnn_off = torch.backends.cudnn.flags(enabled=False) if case.device == "cuda" else nullcontext()
+    with warnings.catch_warnings(), cudnn_off:
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
         yield
 
@@ -44,9 +46,7 @@ def oracle(layer: nn.Module, case: Case) -> Results:
 
 def _seed_and_run(layer: nn.Module, case: Case, input: Input, hx: State | None) -> Results:
     torch.manual_seed(case.seed + 3)  # for dropout, which on CPU draws the same in every dtype
-    # cuDNN refuses strided states, and a backward in eval mode; torch has another kernel on CUDA.
-    cudnn_off = torch.backends.cudnn.flags(enabled=False) if case.device == "cuda" else nullcontext()
-    with _quiet(), cudnn_off:
+    with _quiet(case):
         return forward_and_backward(layer, input, hx, lambda *args: call_layer(layer, case, *args))
 
 
@@ -140,7 +140,7 @@ def _parameter_names(results: Results) -> list[str]:
 
 def _assert_same_form(a: nn.Module, b: nn.Module, case: Case) -> None:
     """Assert that both return the same types, shapes, dtypes, devices and packed indices."""
-    with _quiet(), torch.no_grad():
+    with _quiet(case), torch.no_grad():
         actual, expected = (call_layer(layer, case, case.input(), case.hx()) for layer in (a, b))
     try:
         output, (h_n, c_n) = actual
