@@ -379,3 +379,15 @@ def test_per_sample_gradients_say_what_is_missing(
     monkeypatch.setattr(Peer, "installed", lambda peer: False)
     assert main(["per-sample", *TINY]) == 1
     assert "pip install opacus" in capsys.readouterr().err
+
+
+def test_the_table_of_sequences(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "figures.json"
+    assert main(["sequences", *TINY, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    rows = [line for line in printed.splitlines() if line.startswith("3,2,4,8")]
+    assert len(rows) == 6
+    assert all(re.search(r"[\d.]+ +[\d.]+ +[\d.]+$", row) for row in rows)
+    written = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["what"] for row in written] == ["lengths"] * 2 + ["resets 2%"] * 2 + ["resets 30%"] * 2
