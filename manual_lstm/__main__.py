@@ -1,64 +1,14 @@
 """``python -m manual_lstm``: compare with nn.LSTM; ``check`` does so for a checkpoint; ``report``."""
 
 import argparse
+import json
 import sys
 
 import torch
 
-from manual_lstm.check.checkpoint import (
-    CheckpointError,
-    FoundLSTM,
-    compare_with_official,
-    find_lstms,
-    load_checkpoint,
-)
 from manual_lstm.check.command import choose_rows, run_command
+from manual_lstm.check.files import check_file, print_line
 from manual_lstm.check.parity import print_comparison
-
-
-def check_file(path: str, named: bool = False) -> bool:
-    """Print a line for each LSTM in the file; return whether ManualLSTM agrees with nn.LSTM on all.
-
-    Args:
-        path: the file.
-        named: whether each line begins with the file.
-    """
-    lstms: list[FoundLSTM | CheckpointError]
-    try:
-        lstms = find_lstms(load_checkpoint(path))
-        if not lstms:
-            raise CheckpointError("no LSTM in it: no weight_ih_l0 and weight_hh_l0 of one")
-    except CheckpointError as error:
-        lstms = [error]
-    except Exception as error:  # the containers of a hostile file may raise anything
-        lstms = [CheckpointError(f"cannot be read ({type(error).__name__})")]
-    all_agree = True
-    for lstm in lstms:
-        try:
-            if isinstance(lstm, CheckpointError):
-                raise lstm
-            gap, wide_gap, tolerance = compare_with_official(lstm)
-        except CheckpointError as error:
-            print(f"{_printable(path)}: {_printable(str(error))}", file=sys.stderr)
-            all_agree = False
-            continue
-        within = wide_gap <= tolerance
-        finite = all(bool(weight.isfinite().all()) for weight in lstm.weights.values())
-        all_agree = all_agree and within
-        print(
-            f"{_printable(path) + ': ' if named else ''}"
-            f"{_printable(lstm.name) or '(top level)'}: {lstm}  largest difference {gap:.1e}, "
-            f"in float64 {wide_gap:.1e}  {'ok' if within else 'DIFFERS'} (at most {tolerance:.0e})"
-            f"{'' if finite else '  (not all weights are finite)'}"
-        )
-    return all_agree
-
-
-def _printable(text: str) -> str:
-    """Put text from a file on one line, with the characters escaped that could control a terminal."""
-    escaped = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,10 +21,15 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="compare them on the LSTMs of a checkpoint",
         description="Find every LSTM in a checkpoint by its weights and run both layers with them. "
-        "Only tensors and plain containers are loaded. Status 0 if all agree in float64, 1 if one "
-        "differs or a file cannot be read, 2 for wrong usage.",
+        "Nothing of the file is run: foreign objects are passed over. Status 0 if all agree in "
+        "float64, 1 if one differs, or a file cannot be read or has no LSTM, 2 for wrong usage.",
     )
-    check.add_argument("file", nargs="+", help="saved by torch.save, or .safetensors")
+    check.add_argument(
+        "file", nargs="+", help="saved by torch.save or pickle, .safetensors, .npz, .npy"
+    )
+    check.add_argument(
+        "--json", action="store_true", help="print one JSON list, with all that was found"
+    )
     report = commands.add_parser(
         "report",
         help="try what else PyTorch offers on both: vmap, compile, export, ...",
@@ -114,9 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
-        several = len(arguments.file) > 1
-        agreements = [check_file(path, several) for path in arguments.file]  # a bad file stops no other
-        return 0 if all(agreements) else 1
+        found = []
+        for path in arguments.file:  # a bad file stops no other
+            for line in check_file(path):
+                found.append(line)
+                if not arguments.json:
+                    print_line(line, named=len(arguments.file) > 1)
+        if arguments.json:
+            print(json.dumps(found, indent=1, default=str))
+        return 1 if any(line["status"] in ("error", "differs") for line in found) else 0
     if arguments.command == "report":
         # Imported here because it imports compilers, distributed training and more.
         from manual_lstm.report.table import ROWS, print_report

@@ -117,11 +117,16 @@ class Inputs(ABC):
     sample_of: Tensor | None = None
     lengths: Tensor | None = None
     resets: Tensor | None = None
+    _states: States | None = None  # as the caller gave them, where empty sequences keep theirs
     _cast_to: torch.dtype | None = None  # by autocast
     _answer_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of output and h_n, and of c_n
 
     @abstractmethod
     def __init__(self, layer: Layer, input: Any, hx: Any, weight: Tensor) -> None: ...
+
+    def batch_size(self) -> int:
+        """How many sequences the caller gave, empty ones included."""
+        return self._states[0].size(1) if self._states is not None else self.h_0.size(1)
 
     @abstractmethod
     def enter_resets(self, resets: Any) -> Tensor:
@@ -264,11 +269,10 @@ class Padded(Dense):
             self.lengths = lengths.to(self.x.device)
             return
         self._padding = padding = Padding(lengths.cpu(), T, self._batch_first, self.x.device)
-        self._layer = layer
         self.batch_sizes, self.sample_of = padding.batch_sizes, padding.order
         self.x = padding.pack(input)
-        if hx is not None:
-            self.h_0, self.c_0 = layer.permute_hidden((self.h_0, self.c_0), padding.order)
+        self._states = self.h_0, self.c_0
+        self.h_0, self.c_0 = layer.permute_hidden(self._states, padding.order)
 
     def enter_resets(self, resets: Any) -> Tensor:
         steps = super().enter_resets(resets)
@@ -286,7 +290,8 @@ class Padded(Dense):
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
         if self._padding is None:
             return h_n, c_n
-        return self._layer.permute_hidden((h_n, c_n), self._padding.place)
+        assert self._states is not None
+        return _among(self._states, (h_n, c_n), self._padding.order)
 
 
 class Packed(Inputs):
@@ -362,7 +367,7 @@ class Nested(Inputs):
             h_0, c_0 = _as_pair(hx, 3, packed=True, indexed=False)
             layer.check_hidden_size(h_0, expected_h, "Expected h_0 of size {}, got {}")
             layer.check_hidden_size(c_0, expected_c, "Expected c_0 of size {}, got {}")
-        self._layer = layer
+        self._states = h_0, c_0
         self.h_0, self.c_0 = layer.permute_hidden((h_0, c_0), self.sample_of)
 
     def enter_resets(self, resets: Any) -> Tensor:
@@ -388,7 +393,14 @@ class Nested(Inputs):
         return Layout("nested", True, 0, backward)
 
     def leave_states(self, h_n: Tensor, c_n: Tensor) -> States:
-        return self._layer.permute_hidden((h_n, c_n), self._jagged.place)
+        assert self._states is not None
+        return _among(self._states, (h_n, c_n), self._jagged.order)
+
+
+def _among(states: States, final: States, order: Tensor) -> States:
+    """The final states, among those that empty sequences keep."""
+    h, c = (s.to(f.dtype).index_copy(1, order, f) for s, f in zip(states, final))
+    return h, c
 
 
 def _check_alike(

@@ -455,7 +455,7 @@ class ManualLSTM(nn.Module):
                 {kind_of(name): self._parameters.get(name) for name in names}
                 for names in self._all_weights
             ]
-            call = OpacusCall(owner, parameters, inputs.sample_of, inputs.h_0.size(1))
+            call = OpacusCall(owner, parameters, inputs.sample_of, inputs.batch_size())
             return CallOptions(opacus=call, lengths=inputs.lengths, resets=inputs.resets)
         if not changed:
             if not keep and inputs.lengths is None and inputs.resets is None:

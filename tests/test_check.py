@@ -1,23 +1,30 @@
 """python -m manual_lstm, and check on checkpoints: whole, hidden, broken and hostile."""
 
+import argparse
+import collections
+import datetime
 import io
+import json
 import os
 import pickle
 import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from manual_lstm import ManualLSTM
 from manual_lstm.__main__ import main
 from manual_lstm.cell import lstm_cell
+from manual_lstm.cells import PeepholeLSTM
 from manual_lstm.check.checkpoint import FoundLSTM, find_lstms, load_checkpoint
 from manual_lstm.check.parity import CONFIGURATIONS, compare_layers, twins
 
@@ -112,9 +119,13 @@ def test_check_several_in_a_training_checkpoint(legacy: bool, tmp_path: Path, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         [str(file), "model.a"],
+        [str(file), "'model.gru' is a GRU, which is not compared"],
+        [str(file), "'model.rnn' is a RNN, which is not compared"],
         [str(file), "model.b"],
+        [str(file), "model.cell"],
     ] * 2
-    assert all(line.endswith("  ok (at most 1e-09)") for line in lines)
+    assert all("  ok (at most 1e-09)" in line for line in lines if "is a " not in line)
+    assert lines[4].endswith("(an LSTMCell, as one layer)")
 
 
 class _Hostile:
@@ -140,6 +151,14 @@ def _saved(value: object) -> bytes:
     return file.getvalue()
 
 
+def _saved_legacy(value: object) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(value, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
 def _scripted() -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -154,6 +173,14 @@ def _itself() -> list[object]:
     return nest
 
 
+def _zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return file.getvalue()
+
+
 WHOLE = _saved(nn.LSTM(3, 4).state_dict())
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
@@ -163,15 +190,26 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "truncated": (WHOLE[: len(WHOLE) // 2], "damaged"),
     "truncated at the end": (WHOLE[:-10], "damaged"),
     "truncated legacy": (WHOLE[100:], "damaged"),
-    "a module": (_saved(nn.LSTM(3, 4)), "torch.nn.modules.rnn.LSTM"),
+    "a module, old format": (_saved_legacy(nn.LSTM(3, 4)), "a whole module in the old format"),
     "hostile": (_saved({"weights": _Hostile()}), "mkdir"),
     "hostile pickle": (pickle.dumps(_Hostile(), protocol=2), "mkdir"),
     "TorchScript": (_scripted(), "TorchScript"),
     "a tensor": (_saved(torch.zeros(3)), "no LSTM"),
     "a number": (_saved(3), "no LSTM"),
     "no LSTM": (_saved(nn.Linear(3, 4).state_dict()), "no LSTM"),
-    "a GRU": (_saved(nn.GRU(3, 4, 2).state_dict()), "no LSTM"),
-    "an RNN": (_saved(nn.RNN(3, 4).state_dict()), "no LSTM"),
+    "a GRU": (_saved(nn.GRU(3, 4, 2).state_dict()), "no LSTM.* a GRU"),
+    "an RNN": (_saved({"x": nn.RNN(3, 4).state_dict()}), "no LSTM.* 'x' is a RNN"),
+    "a GRUCell": (_saved({"x": nn.GRUCell(3, 4).state_dict()}), "no LSTM.* 'x' is a GRUCell"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is HDF5, as Keras writes it: .* state_dict"),
+    "GGUF": (b"GGUF" + bytes(99), "is GGUF"),
+    "gzip": (b"\x1f\x8b" + bytes(99), "gzip: unpack"),
+    "ONNX": (b"\x08\x08\x12\x07pytorch" + bytes(99), "is an ONNX model"),
+    "HTML": (b"<!DOCTYPE html><html></html>", "HTML"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    "a zip": (_zipped("readme.txt"), "is a zip archive of other files"),
+    "a Keras archive": (_zipped("config.json", "model.weights.h5"), "is a Keras archive"),
+    "torch.package": (_zipped("p/.data/version", "p/.data/extern_modules"), "torch.package"),
+    ".pt2": (_zipped("m/archive_format", "m/models/model.json"), r"torch.export \(.pt2\)"),
     "holds itself": (_saved(_itself()), "no LSTM"),
     "no weight_hh": (_saved(_without("weight_hh_l1_reverse")), "missing weight_hh_l1_reverse"),
     "no weight_ih": (_saved(_without("weight_ih_l0")), "missing weight_ih_l0"),
@@ -216,6 +254,137 @@ def test_check_tells_in_one_line_what_is_wrong(
     assert err.startswith("model.pt: ")
     assert re.search(shown, err)
     assert not Path("unpickled").exists()
+
+
+class Foreign:
+    """What a package that is not installed here has put beside the weights."""
+
+    def __init__(self) -> None:
+        self.path, self.when = PurePosixPath("a/b"), datetime.datetime(2026, 1, 2)
+        self.options = argparse.Namespace(hidden=4)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"lstm": nn.LSTM(3, 4, 2)})
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source")
+def test_check_reads_around_foreign_objects(legacy: bool, tmp_path: Path, capsys: Capture) -> None:
+    numpy = pytest.importorskip("numpy")
+    file = tmp_path / "last.ckpt"
+    counts: dict[str, list[int]] = collections.defaultdict(list)
+    counts["a"].append(1)
+    checkpoint = {
+        "state_dict": {f"net.{k}": v for k, v in nn.LSTM(3, 4).state_dict().items()},
+        "arrays": {f"rnn.{k}": v.numpy() for k, v in nn.LSTM(2, 3).state_dict().items()},
+        "model": {} if legacy else Model(),
+        "extra": [Foreign(), numpy.float64(3.0), numpy.array(["a", None], dtype=object), counts],
+    }
+    torch.save(checkpoint, file, _use_new_zipfile_serialization=not legacy)
+    assert main(["check", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    *layers, last = out.splitlines()
+    names = [line.split(":")[0] for line in layers]
+    assert names == ["state_dict.net", "arrays.rnn", *([] if legacy else ["model.encoder.lstm"])]
+    assert re.match(r"passed over \d+ foreign objects: ", last)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_check_reads_plain_pickles_of_arrays(protocol: int, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("numpy")
+    file = tmp_path / "weights.pkl"
+    weights = {name: weight.numpy() for name, weight in nn.LSTM(3, 4).state_dict().items()}
+    weights["weight_ih_l0"] = weights["weight_ih_l0"].copy(order="F")
+    file.write_bytes(pickle.dumps({"rnn": weights, "config": Foreign()}, protocol=protocol))
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("rnn: ManualLSTM(3, 4)  largest difference")
+
+
+def test_check_reads_numpy_files(tmp_path: Path, capsys: Capture) -> None:
+    numpy = pytest.importorskip("numpy")
+    file = tmp_path / "weights.npz"
+    numpy.savez(file, **{f"rnn.{k}": v.numpy() for k, v in nn.LSTM(3, 4).state_dict().items()})
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("rnn: ManualLSTM(3, 4)")
+    numpy.savez(file, a=numpy.array([object()]))
+    assert main(["check", str(file)]) == 1
+
+
+def _normed(old: bool) -> nn.Module:
+    layer = nn.LSTM(3, 4)
+    make: Any = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(layer, "weight_hh_l0")
+        make(layer, "weight_ih_l0", dim=None if old else 1)
+    return layer
+
+
+def _pruned() -> nn.Module:
+    layer = nn.LSTM(3, 4)
+    prune.random_unstructured(layer, "weight_hh_l0", 0.5)  # type: ignore[no-untyped-call]
+    return layer
+
+
+COMPUTED: dict[str, tuple[Any, str]] = {
+    "old weight_norm": (lambda: _normed(True), "weight_norm of x.weight_hh_l0_g, x.weight_hh_l0_v"),
+    "weight_norm": (lambda: _normed(False), "weight_norm of x.parametrizations.weight_hh_l0.original0"),
+    "pruning": (_pruned, "pruning of x.weight_hh_l0_orig, x.weight_hh_l0_mask"),
+    "spectral_norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.LSTM(3, 4).eval(), "weight_hh_l0"),
+        "spectral_norm of x.parametrizations.weight_hh_l0.original",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_check_computes_weights(kind: str, tmp_path: Path, capsys: Capture) -> None:
+    make, shown = COMPUTED[kind]
+    layer = make().eval()
+    layer(torch.randn(2, 1, 3))
+    file = tmp_path / "model.pt"
+    torch.save({"x": layer.state_dict()}, file)
+    assert main(["check", str(file)]) == 0
+    assert shown in capsys.readouterr().out
+    (found,) = find_lstms(load_checkpoint(file))
+    assert isinstance(found, FoundLSTM)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        torch.testing.assert_close(found.weights[name], getattr(layer, name).detach())
+
+
+def test_check_names_what_it_does_not_compare(tmp_path: Path, capsys: Capture) -> None:
+    layer = nn.LSTM(3, 4)
+    parametrize.register_parametrization(layer, "weight_hh_l0", nn.Tanh())
+    file = tmp_path / "model.pt"
+    torch.save({"x": layer.state_dict(), "y": PeepholeLSTM(3, 4).state_dict()}, file)
+    assert main(["check", str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert "without the cell's own peephole_l0" in out
+    assert "weight_hh_l0" in err
+
+
+def test_check_as_json(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"a": nn.LSTM(3, 4).state_dict(), "b": nn.GRU(3, 4).state_dict()}, file)
+    assert main(["check", "--json", str(file), str(tmp_path / "none.pt")]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    lstm, gru, missing = json.loads(out)
+    assert (lstm["file"], lstm["name"], lstm["status"]) == (str(file), "a", "ok")
+    assert lstm["difference_in_float64"] <= lstm["tolerance"]
+    assert gru["status"] == "not compared"
+    assert missing["status"] == "error"
+
+
+def test_a_large_difference_is_shown_beside_nn_lstms_own(tmp_path: Path, capsys: Capture) -> None:
+    weights = {name: 4 * weight for name, weight in nn.LSTM(30, 60, 2).state_dict().items()}
+    torch.save({name: weight.bfloat16() for name, weight in weights.items()}, tmp_path / "model.pt")
+    assert main(["check", str(tmp_path / "model.pt")]) == 0
+    assert re.search(r"difference \S+ \(nn.LSTM's own from float64 \S+\), in", capsys.readouterr().out)
 
 
 def test_check_tells_the_good_lstms_from_the_bad(tmp_path: Path, capsys: Capture) -> None:

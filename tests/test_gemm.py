@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manual_lstm import ManualLSTM
 from manual_lstm.engine import gemm
+from manual_lstm.engine.direction import Direction
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.comparing import assert_close
 from tests.helpers.loops import (
@@ -82,9 +83,11 @@ def test_large_products_take_onednn_and_its_switch_is_obeyed(monkeypatch: pytest
 @has_onednn
 def test_onednn_takes_weights_and_states_that_lie_transposed() -> None:
     direction_args = arguments([3] * 10, packed=False, dtype=torch.float32)
-    strided = [t.t().contiguous().t() if k in (2, 3, 4, 5) else t for k, t in enumerate(direction_args)]
+    d = Direction(*direction_args)
+    names = ("h_0", "c_0", "weight_ih", "weight_hh")
+    strided = d._replace(**{name: getattr(d, name).t().contiguous().t() for name in names})
     found = []
-    for these in (direction_args, strided):
+    for these in (d, strided):
         with onednn_everywhere():
             found.append(run_direction(fused_direction, tuple(these), [True] * 3))
     assert_close(found[1], found[0], 1e-6)

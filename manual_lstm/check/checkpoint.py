@@ -1,24 +1,33 @@
 """Find the LSTMs in a checkpoint by their weights, and compare ManualLSTM with nn.LSTM on them.
 
-Checkpoints are not trusted. Only tensors and plain containers are unpickled, never other objects.
+Checkpoints are not trusted. Only tensors and plain containers are unpickled; for any other object there
+is a stand-in, which does nothing.
 """
 
 import importlib
 import re
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from manual_lstm.check.derived import with_derived
+from manual_lstm.check.formats import describe_format
 from manual_lstm.check.parity import compare_layers, forward_and_backward, largest_difference
+from manual_lstm.check.stand_ins import StandIn, as_tensor, load_with_stand_ins, pickle_protocol
 from manual_lstm.module import ManualLSTM
 
 _WEIGHT = re.compile(
     r"(.*\.)?((?:weight_ih|weight_hh|bias_ih|bias_hh|weight_hr)_l(\d+)(_reverse)?)", re.DOTALL
 )
+_CELL_WEIGHT = re.compile(r"(.*\.)?(weight_ih|weight_hh|bias_ih|bias_hh)", re.DOTALL)
+_OWN = re.compile(r"(.*\.)?(\w+_l\d+(?:_reverse)?)", re.DOTALL)  # of a changed cell
 _FLOATING = {
     torch.float64,
     torch.float32,
@@ -42,11 +51,13 @@ class FoundLSTM:
         weights: its state dict.
         options: the constructor's arguments, without ``batch_first`` and ``dropout``: no weight
             depends on them.
+        notes: what else there is to say: how a weight was computed, what was left out.
     """
 
     name: str
     weights: dict[str, Tensor]
     options: dict[str, int | bool | torch.dtype]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         call = repr(ManualLSTM(**self.options, device="meta"))  # type: ignore[arg-type]
@@ -55,24 +66,45 @@ class FoundLSTM:
 
 
 def load_checkpoint(path: str | Path) -> object:
-    """Load a file saved by torch.save, or a ``.safetensors`` file, onto the CPU.
+    """Load a file saved by torch.save, a pickle, or a .safetensors, .npz or .npy file, onto the CPU.
+
+    Objects of other packages are :class:`manual_lstm.check.stand_ins.StandIn`.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds more than tensors and plain containers.
+        CheckpointError: the file cannot be read; the message says what it is, or why.
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            head = file.read(16)
+        if path.suffix == ".safetensors" or (head[8:10] == b'{"' and head[:1] != b"\x80"):
             return _load_safetensors(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if head.startswith(b"\x93NUMPY") or path.suffix == ".npz":
+            return _load_numpy(path)
+        what = describe_format(path)
+        if what is not None:
+            raise CheckpointError(what)
+        return load_with_stand_ins(path)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
     except Exception as error:  # a broken or hostile file may make the readers raise anything
         raise CheckpointError(_reason(path, error)) from None
+
+
+def _load_numpy(path: Path) -> object:
+    try:
+        numpy = importlib.import_module("numpy")
+    except ModuleNotFoundError:
+        raise CheckpointError("reading .npz and .npy files needs: pip install numpy") from None
+    loaded = numpy.load(path, allow_pickle=False)
+    arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
+    return {
+        name: torch.from_numpy(array.copy())
+        for name, array in arrays.items()
+        if array.dtype.kind in "fciub" and array.dtype.isnative
+    }
 
 
 def _load_safetensors(path: Path) -> object:
@@ -85,48 +117,88 @@ def _load_safetensors(path: Path) -> object:
 
 def _reason(path: Path, error: Exception) -> str:
     """Say in one line why the file was not read."""
-    text = str(error)
-    refused = re.search(r"GLOBAL\s+([\w.]+)", text)
-    if "TorchScript" in text:
-        return "is a TorchScript archive, not a checkpoint: save its state_dict()"
+    refused = re.search(r"GLOBAL\s+([\w.]+)", str(error))
     if refused:
+        return f"is not loaded, because it refers to {refused[1]}, which can run programs"
+    if "persistent_load" in str(error):
         return (
-            f"holds more than tensors and plain containers ({refused[1]}), "
-            "which is not loaded from an untrusted file: save its state_dict()"
+            "holds a whole module in the old format of torch.save, which is not read: load it with its "
+            "package, and save its state_dict()"
         )
-    if path.stat().st_size == 0:
-        return "is empty"
-    # torch.load wraps the reason in advice on how to load the file unsafely. Only the reason is shown.
-    inner = re.search(r"WeightsUnpickler error:\s+(.*)", text)
-    text = inner[1] if inner else text
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return f"is not a checkpoint, or is damaged ({type(error).__name__}: {first[:120]})"
+    protocol = pickle_protocol(path)
+    zipped = zipfile.is_zipfile(path)
+    if zipped and "protocol" in str(error):
+        return "is a torch.save of another pickle protocol than 2, which is not read: save it again"
+    if zipped or protocol is not None:
+        return (
+            f"is damaged, or a pickle that is not read from an untrusted file "
+            f"({type(error).__name__}): save the model's state_dict() with torch.save"
+        )
+    return "is not a checkpoint of a known format, or is damaged: save a state_dict() with torch.save"
 
 
-def find_lstms(checkpoint: object) -> list[FoundLSTM | CheckpointError]:
-    """Find every LSTM in nested dicts, lists and tuples, in the order of the file.
+class OtherLayer(CheckpointError):
+    """A layer that is no LSTM, or one that cannot be compared. It is named, and no failure."""
 
-    GRUs and plain RNNs are skipped: their weights have the same names, but fewer rows. Where an LSTM
-    lacks a weight, or a weight has the wrong shape or dtype, an error stands in its place.
+
+def find_lstms(
+    checkpoint: object, foreign: Counter[str] | None = None
+) -> list[FoundLSTM | CheckpointError]:
+    """Find every recurrent layer in nested containers and stand-ins, in the order of the file.
+
+    Where an LSTM lacks a weight, or a weight has the wrong shape or dtype, an error stands in its
+    place, and in the place of a GRU, a plain RNN or a quantized LSTM an :class:`OtherLayer`. An
+    nn.LSTMCell counts as an LSTM of one layer.
+
+    Args:
+        checkpoint: what was loaded.
+        foreign: receives the names of the objects of other packages, and how many there are of each.
     """
+    tensors = dict(_tensors(checkpoint, Counter() if foreign is None else foreign))
+    quantized = [path for path in tensors if "_all_weight_values" in path]
+    tensors, how = with_derived(tensors)
     groups: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in _tensors(checkpoint):
-        match = _WEIGHT.fullmatch(path)
+    beside: dict[str, list[str]] = {}
+    computed: dict[str, list[str]] = {}
+    for path, tensor in tensors.items():
+        match, cell = _WEIGHT.fullmatch(path), _CELL_WEIGHT.fullmatch(path)
         if match:
-            groups.setdefault((match[1] or "")[:-1], {})[match[2]] = tensor
+            name, kind = (match[1] or "")[:-1], match[2]
+        elif cell:
+            name, kind = (cell[1] or "")[:-1], cell[2] + "_l0"
+        else:
+            if own := _OWN.fullmatch(path):
+                beside.setdefault((own[1] or "")[:-1], []).append(own[2])
+            continue
+        groups.setdefault(name, {})[kind] = tensor
+        if path in how:
+            computed.setdefault(name, []).append(how[path])
     lstms: list[FoundLSTM | CheckpointError] = []
     for name, weights in groups.items():
         try:
-            if not _is_other_rnn(weights):
-                lstms.append(FoundLSTM(name, weights, _infer_options(name, weights)))
+            kind = _kind(weights)
+            is_cell = f"{name}.weight_ih".lstrip(".") in tensors
+            if kind != "LSTM":
+                raise OtherLayer(f"'{name}' is a {kind}{'Cell' * is_cell}, which is not compared")
+            notes = [f"an {kind}Cell, as one layer"] if is_cell else []
+            notes += computed.get(name, [])
+            if name in beside:
+                notes.append(f"without the cell's own {', '.join(beside[name])}")
+            lstms.append(FoundLSTM(name, weights, _infer_options(name, weights), tuple(notes)))
         except CheckpointError as error:
             lstms.append(error)
         except Exception as error:  # a hostile file's tensors may raise anything at any use
             lstms.append(CheckpointError(f"LSTM '{name}': cannot be read ({type(error).__name__})"))
+    for path, kind in how.items():
+        match = _WEIGHT.fullmatch(path)
+        if match and path not in tensors and (match[1] or "")[:-1] not in groups:
+            lstms.append(CheckpointError(f"LSTM '{(match[1] or '')[:-1]}': {match[2]} is {kind}"))
+    if quantized or (foreign and any("quantized" in name for name in foreign)):
+        lstms.append(OtherLayer("there is a quantized layer: to compare it, save the model before"))
     return lstms
 
 
-def _tensors(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
+def _tensors(checkpoint: object, foreign: Counter[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor with its dotted path.
 
     A loop, not a recursion: the containers of a file may nest very deeply, or contain themselves.
@@ -135,27 +207,38 @@ def _tensors(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
     waiting: list[tuple[str, object]] = [("", checkpoint)]
     while waiting:
         path, value = waiting.pop()
+        items: list[tuple[str, object]]
         if isinstance(value, Tensor):
             yield path, value
+            continue
+        if id(value) in seen:
             continue
         if isinstance(value, Mapping):
             items = [(str(key), item) for key, item in value.items()]
         elif isinstance(value, (list, tuple)):
             items = [(str(k), item) for k, item in enumerate(value)]
+        elif isinstance(value, StandIn):
+            tensor = as_tensor(value)
+            if tensor is not None:
+                yield path, tensor
+                continue
+            foreign[value.name] += 1
+            items = list(value.children())
         else:
             continue
-        if id(value) not in seen:
-            seen.add(id(value))
-            waiting += [(f"{path}.{key}" if path else key, item) for key, item in reversed(items)]
+        seen.add(id(value))
+        waiting += [(".".join(filter(None, (path, key))), item) for key, item in reversed(items)]
 
 
-def _is_other_rnn(weights: dict[str, Tensor]) -> bool:
-    """Return whether these are a GRU's weights, of 3H rows, or a plain RNN's, of H rows."""
+def _kind(weights: dict[str, Tensor]) -> str:
+    """Whether these are the weights of an LSTM, a GRU, of 3H rows, or a plain RNN, of H rows."""
     weight_ih, weight_hh = weights.get("weight_ih_l0"), weights.get("weight_hh_l0")
     if weight_ih is None or weight_hh is None or weight_ih.dim() != 2 or weight_hh.dim() != 2:
-        return False
+        return "LSTM"
     rows, H = weight_hh.shape
-    return "weight_hr_l0" not in weights and weight_ih.size(0) == rows and rows in (H, 3 * H)
+    if "weight_hr_l0" in weights or weight_ih.size(0) != rows or rows not in (H, 3 * H):
+        return "LSTM"
+    return "RNN" if rows == H else "GRU"
 
 
 def _infer_options(name: str, weights: dict[str, Tensor]) -> dict[str, int | bool | torch.dtype]:
@@ -204,14 +287,25 @@ def _infer_options(name: str, weights: dict[str, Tensor]) -> dict[str, int | boo
     return options
 
 
-def compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
-    """Load the weights into nn.LSTM and ManualLSTM, each also by way of the other, and run both.
+class Comparison(NamedTuple):
+    """How far ManualLSTM is from nn.LSTM, in outputs, states and gradients.
 
-    Returns:
-        Three numbers: the largest difference of outputs, states and gradients in the checkpoint's
-        dtype; the same in float64 (complex128 for complex weights); and the tolerance for the
-        second. The tolerance is 1e-9, or a hundred times what a change in the last bits of the input
-        does to nn.LSTM itself, whichever is larger: some weights amplify such changes.
+    Attributes:
+        gap: the largest difference in the checkpoint's dtype.
+        own_gap: the largest difference of nn.LSTM itself, in that dtype, from nn.LSTM in float64.
+        wide_gap: the largest difference in float64 (complex128 for complex weights).
+        tolerance: that for ``wide_gap``: 1e-9, or a hundred times what a change in the last bits of the
+            input does to nn.LSTM itself, whichever is larger: some weights amplify such changes.
+    """
+
+    gap: float
+    own_gap: float
+    wide_gap: float
+    tolerance: float
+
+
+def compare_with_official(lstm: FoundLSTM) -> Comparison:
+    """Load the weights into nn.LSTM and ManualLSTM, each also by way of the other, and run both.
 
     Raises:
         CheckpointError: a weight was changed by ``state_dict`` and ``load_state_dict``, or a layer
@@ -226,7 +320,7 @@ def compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
         raise CheckpointError(f"LSTM '{lstm.name}' could not be run: {reason}") from None
 
 
-def _compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
+def _compare_with_official(lstm: FoundLSTM) -> Comparison:
     torch.manual_seed(0)
     dtype = lstm.options["dtype"]
     assert isinstance(dtype, torch.dtype)
@@ -244,9 +338,11 @@ def _compare_with_official(lstm: FoundLSTM) -> tuple[float, float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nn.LSTM warns of projections and of complex numbers
         narrow_gap = max(compare_layers(reference, layer, input).values())
+        narrow = forward_and_backward(reference, input, None)
         input = input.to(wide)
         wide_gap = max(compare_layers(reference.to(wide), layer.to(wide), input).values())
         expected = forward_and_backward(reference, input, None)
         moved = forward_and_backward(reference, input * (1 + 1e-15), None)
-        own_gap = max(largest_difference(expected[name], moved[name]) for name in expected)
-    return narrow_gap, wide_gap, max(1e-9, 100 * own_gap)
+        last_bits = max(largest_difference(expected[name], moved[name]) for name in expected)
+        own_gap = max(largest_difference(expected[name], narrow[name].to(wide)) for name in expected)
+    return Comparison(narrow_gap, own_gap, wide_gap, max(1e-9, 100 * last_bits))

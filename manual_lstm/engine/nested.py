@@ -15,8 +15,7 @@ class Jagged:
     Attributes:
         B: how many sequences there are.
         lengths: how many steps each has, ``[B]``.
-        order: the sequences by falling length, ``[B]``; empty ones are the last.
-        place: for each sequence its place in ``order``, ``[B]``.
+        order: those that are not empty, by falling length.
         data: their steps, packed, ``[N, I]``.
         batch_sizes: the number of rows of each step, ``[T]``, int64, on the CPU.
     """
@@ -29,8 +28,8 @@ class Jagged:
             lengths = offsets.diff()
         self.B = lengths.size(0)
         self.lengths = lengths
-        self.order = lengths.argsort(descending=True, stable=True)
-        self.place = self.order.argsort()
+        order = lengths.argsort(descending=True, stable=True)
+        self.order = order[: int((lengths > 0).sum())]
         lengths = lengths[self.order]
         steps = torch.arange(int(lengths[0]) if len(lengths) else 0, device=offsets.device)
         present = steps.unsqueeze(1) < lengths  # [T, sequences]

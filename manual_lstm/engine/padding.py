@@ -22,9 +22,8 @@ class Padding:
         device: where it is.
 
     Attributes:
-        order: the sequences by falling length, ``[B]``. Ties are in the order that
+        order: the sequences that are not empty, by falling length. Ties are in the order that
             ``pack_padded_sequence`` has them, because dropout draws row by row.
-        place: for each sequence its place in ``order``, ``[B]``.
         batch_sizes: the number of rows of each step, ``[longest]``, int64, on the CPU.
     """
 
@@ -32,17 +31,14 @@ class Padding:
         self._T, self._B, self._batch_first = T, lengths.size(0), batch_first
         # As packing, which refuses empty sequences, sorts the others.
         filled = lengths.nonzero().squeeze(1)
-        order = torch.cat(
-            [filled[lengths[filled].sort(descending=True)[1]], lengths.eq(0).nonzero().squeeze(1)]
-        )
-        lengths = lengths[order]
-        step = torch.arange(int(lengths[0]) if self._B else 0).unsqueeze(1)
-        present = step < lengths  # [longest, B]
+        lengths, place = lengths[filled].sort(descending=True)
+        order = filled[place]
+        step = torch.arange(int(lengths[0]) if len(lengths) else 0).unsqueeze(1)
+        present = step < lengths  # [longest, sequences]
         row = order * T + step if batch_first else step * self._B + order
         self._rows = row[present].to(device)  # of each packed row that in the padded input, [N]
         self.batch_sizes = present.sum(1)
-        place = torch.empty_like(order).index_copy(0, order, torch.arange(self._B))
-        self.order, self.place = order.to(device), place.to(device)
+        self.order = order.to(device)
 
     def pack(self, padded: Tensor) -> Tensor:
         """``[T, B, ...]``, or with batch_first ``[B, T, ...]``, to ``[N, ...]``."""
@@ -141,8 +137,8 @@ def run_forward_packed(d: Direction, save: bool, run: Callable[[Direction, bool]
     T, B = d.x.shape[:2]
     return Kept(
         padding.pad(kept.output),
-        kept.h_n[padding.place],
-        kept.c_n[padding.place],
+        d.h_0.index_copy(0, padding.order, kept.h_n),
+        d.c_0.index_copy(0, padding.order, kept.c_n),
         _lengthen(kept.gates, 4 * T * B if save else 0),
         _lengthen(kept.cells, T * B if save else 0),
     )
@@ -169,7 +165,11 @@ def run_backward_packed(
     )
     d_x, d_h, d_c, *rest = run(packed, gates[: 4 * N], cells[:N], grads, need, by_row)
     d_x = padding.pad(d_x) if need.x else d_x
-    return d_x, d_h[padding.place], d_c[padding.place], *rest
+    # The gradient of an empty sequence's state passes through.
+    of_h = torch.zeros_like(d.h_0) if grad_h_n is None else grad_h_n
+    of_c = torch.zeros_like(d.c_0) if grad_c_n is None else grad_c_n
+    d_h, d_c = of_h.index_copy(0, padding.order, d_h), of_c.index_copy(0, padding.order, d_c)
+    return d_x, d_h, d_c, *rest
 
 
 def _pack(d: Direction) -> tuple[Padding, Direction]:

@@ -258,7 +258,7 @@ class BlockSteps(Steps):
             raise ValueError(
                 f"data should have {rows} rows, the sum of batch_sizes, but got {d.x.size(0)}"
             )
-        if self.sizes and self.sizes[0] > self._B:  # a compiled caller cannot look into batch_sizes
+        if self.sizes and self.sizes[0] != self._B:  # a compiled caller cannot look into batch_sizes
             raise RuntimeError(
                 f"h_0 and c_0 should have {self.sizes[0]} sequences, as the input, but got {self._B}"
             )
