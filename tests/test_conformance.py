@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import data_of
@@ -16,7 +17,16 @@ from manual_lstm.engine.cuts import cuts_of
 from manual_lstm.testing import Case, assert_same_layer, cases, check_lstm, lstm_checks
 from manual_lstm.testing.__main__ import load_quantizable
 from manual_lstm.testing.cases import OPTIONS, Factory
-from manual_lstm.testing.conformance import AS_OFFICIAL, DIFFERS, FAILS, LACKS, NOT_OFFERED, OK, Check
+from manual_lstm.testing.conformance import (
+    AS_OFFICIAL,
+    DIFFERS,
+    FAILS,
+    FOLDED,
+    LACKS,
+    NOT_OFFERED,
+    OK,
+    Check,
+)
 from manual_lstm.testing.probes import PROBES
 from tests.helpers.loops import patched
 from tests.helpers.planted import MISTAKES, PlainLSTM, planted
@@ -320,6 +330,29 @@ def test_what_is_spoiled_in_one_row_is_found_there_alone() -> None:
     assert accepted.passed
     assert {o.name: o.note for o in accepted.outcomes if o.status == DIFFERS} == {"bias": "because"}
     assert not any(o.note for o in accepted.outcomes if o.status == OK)
+
+
+class _Off(nn.LSTM):
+    def forward(self, *args: Any) -> Any:
+        output, states = super().forward(*args)
+        data = data_of(output) * 1.001
+        return (output._replace(data=data) if isinstance(output, PackedSequence) else data), states
+
+
+class _Raises(nn.LSTM):
+    def forward(self, *args: Any) -> Any:
+        raise RuntimeError("no")
+
+
+def test_one_mistake_is_one_failure() -> None:
+    report = check_lstm(_Off, max_examples=2, rows={"float64", "bias", "hx", "packed", "no steps"})
+    assert [outcome.status for outcome in report.outcomes] == [FAILS, *[FOLDED] * 3, AS_OFFICIAL]
+    assert not report.passed
+
+
+def test_a_class_that_always_raises_does_not_do_as_nn_lstm() -> None:
+    report = check_lstm(_Raises, max_examples=2, rows={"float64", "bias", "no steps"})
+    assert [outcome.status for outcome in report.outcomes] == [FAILS, FOLDED, FOLDED]
 
 
 # Declarations.

@@ -244,7 +244,10 @@ def print_comparison() -> bool:
     all_within = gap <= tolerance(torch.float32)
     print(f"\n  largest difference {gap:.1e}\n")
 
-    print("Largest difference of ManualLSTM(10, 16, ...) from nn.LSTM(10, 16, ...), in float64\n")
+    print(
+        "Largest difference of ManualLSTM(10, 16, ...) from nn.LSTM(10, 16, ...), in float64 but where"
+    )
+    print("a row names another dtype\n")
     print(f"  {'':<24}" + "".join(f"{part:<11}" for part in PARTS) + "tolerance")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")

@@ -13,12 +13,13 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 _MOST_NAMES = 10_000
+_DEEPEST = 1000  # of tuples in tuples: Python's hash of one goes as deep, and ends the process
 # In torch's pickles these are dicts, which are searched like any other.
 _DICTS = {"builtins.dict", "__builtin__.dict", "collections.defaultdict"}
 _DTYPES = {
@@ -100,6 +101,11 @@ def load_with_stand_ins(path: Path) -> object:
     names = _foreign_names(path)
     if names is None:
         return _load_pickle(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.namelist():
+                if record.endswith("data.pkl"):
+                    _check_depth(io.BytesIO(archive.read(record)))
     if len(names) > _MOST_NAMES:
         raise pickle.UnpicklingError(f"{len(names)} foreign names")
     admitted: Any = [(_stand_in(name), name) for name in names]
@@ -120,6 +126,9 @@ def _foreign_names(path: Path) -> list[str] | None:
         if torch.serialization.MAGIC_NUMBER not in magic:
             return None
         for _ in range(3):  # the protocol, the machine, and the object
+            start = file.tell()
+            _check_depth(file)
+            file.seek(start)
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "GLOBAL":
                     module, name = str(argument).split(" ", 1)
@@ -136,6 +145,37 @@ def pickle_protocol(path: Path) -> int | None:
     if len(head) == 2 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
         return head[1]
     return 0 if head[:1] in (b"(", b"}", b"]", b"c") else None
+
+
+def _check_depth(file: IO[bytes]) -> None:
+    """Raise for a pickle whose tuples nest deeper than Python can hash, or that is no pickle."""
+    stack: list[int] = []  # how deep tuples nest in each object on the pickle's stack; -1 is a mark
+    memo: dict[Any, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo.get(argument, 0))
+            continue
+        if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1] if stack else 0
+            continue
+        if name == "DUP":
+            stack += stack[-1:]
+            continue
+        depth = 0
+        if pickletools.stackslice in opcode.stack_before or name in ("POP_MARK", "STOP"):
+            while stack and (top := stack.pop()) >= 0:
+                depth = max(depth, top)
+            rest = opcode.stack_before.index(pickletools.markobject) if name != "STOP" else 0
+        else:
+            rest = len(opcode.stack_before)
+        for _ in range(rest if rest <= len(stack) else len(stack)):
+            depth = max(depth, stack.pop())
+        if "TUPLE" in name or name == "FROZENSET":
+            depth += 1
+            if depth > _DEEPEST:
+                raise pickle.UnpicklingError(f"tuples nested deeper than {_DEEPEST}")
+        stack += [-1 if name == "MARK" else depth] * len(opcode.stack_after)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -158,6 +198,7 @@ class _Bytes:
 
 def _load_pickle(path: Path) -> object:
     data = path.read_bytes()
+    _check_depth(io.BytesIO(data))
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name.startswith("EXT"):  # the registry of this process, not the file, names these
             raise pickle.UnpicklingError("the opcode EXT")
