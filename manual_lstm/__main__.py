@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from manual_lstm.check.command import choose_rows, run_command
+from manual_lstm.check.command import Progress, choose_rows, run_command
 from manual_lstm.check.files import check_file, print_line
 from manual_lstm.check.parity import print_comparison
 
@@ -70,11 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         found = []
-        for path in arguments.file:  # a bad file stops no other
+        progress, count = Progress(), len(arguments.file)
+        for number, path in enumerate(arguments.file, start=1):  # a bad file stops no other
+            progress(number, count, path)
             for line in check_file(path):
                 found.append(line)
                 if not arguments.json:
-                    print_line(line, named=len(arguments.file) > 1)
+                    progress.end()
+                    print_line(line, named=count > 1)
+                    progress(number, count, path)
+        progress.end()
         if arguments.json:
             print(json.dumps(found, indent=1, default=str))
         return 1 if any(line["status"] in ("error", "differs") for line in found) else 0
