@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
+from manual_lstm.check.command import Progress
+
 BURST = 0.005  # seconds of a turn, or longer where one call takes longer
 MOST_ROUNDS = 101
 
@@ -48,8 +50,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the seconds of a call in each round, by name."""
     now = clock(device)
+    progress = Progress("contender")
     timers: dict[str, tuple[Timer, int]] = {}
-    for name, runner in runners.items():
+    for number, (name, runner) in enumerate(runners.items(), start=1):
+        progress(number, len(runners), f"{name}, first calls")
         timer = Timer("step()", globals={"step": runner.step}, num_threads=threads, timer=now)
         with runner.around():
             runner.step()
@@ -59,13 +63,16 @@ def interleave(
         timers[name] = timer, max(1, round(BURST / max(seconds, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in runners}
     start = time.perf_counter()
+    progress = Progress("round")
     for k in range(max(MOST_ROUNDS, effort.rounds)):
         if k >= effort.rounds and time.perf_counter() - start > effort.seconds:
             break
+        progress(k + 1, max(MOST_ROUNDS, effort.rounds), f"at least {effort.seconds:.0f} s")
         for name in list(runners) if k % 2 == 0 else list(runners)[::-1]:
             timer, number = timers[name]
             with runners[name].around():
                 times[name].append(timer.timeit(number).mean)
+    progress.end()
     return times
 
 

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         found = []
-        progress, count = Progress(), len(arguments.file)
+        progress, count = Progress("file"), len(arguments.file)
         for number, path in enumerate(arguments.file, start=1):  # a bad file stops no other
             progress(number, count, path)
             for line in check_file(path):

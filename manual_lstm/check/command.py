@@ -31,15 +31,16 @@ def run_command(main: Callable[[], int]) -> int:
 class Progress:
     """One line on stderr that says where long work is. Only a terminal shows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "row") -> None:
+        self._unit = unit  # of what the work is made
         self._shown = sys.stderr.isatty()
         self._start = time.perf_counter()
 
     def __call__(self, number: int, count: int, label: str) -> None:
-        """Say that row ``number`` of ``count`` begins."""
+        """Say that the row, or another unit, with this number of ``count`` begins."""
         if self._shown:
             seconds = time.perf_counter() - self._start
-            text = f"row {number} of {count}, {seconds:.0f} s: {label}"
+            text = f"{self._unit} {number} of {count}, {seconds:.0f} s: {label}"
             print(f"\r\x1b[K{text[:79]}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:

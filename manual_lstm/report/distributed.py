@@ -77,6 +77,19 @@ def train_model(model: nn.Module, setting: Setting, part: slice) -> list[float]:
     return losses
 
 
+def _spawn(run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Run a function in two processes, and leave none behind, also when this one is interrupted."""
+    context: Any = spawn(run, arguments, nprocs=2, join=False)  # type: ignore[no-untyped-call]
+    try:
+        while not context.join():
+            pass
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
 def run_on_two_processes(job: Callable[[int, Path], R], folder: Path) -> R:
     """Run a job on two processes, and return what it returned on the first.
 
@@ -85,7 +98,7 @@ def run_on_two_processes(job: Callable[[int, Path], R], folder: Path) -> R:
     if not dist.is_available() or not dist.is_gloo_available():
         raise MissingRequirement("torch without gloo")
     try:
-        spawn(_run_in_process, (job, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        _spawn(_run_in_process, (job, folder))
     except ProcessRaisedException as error:
         reason = folder / "error"  # the message alone, without the traceback of the process
         raise RuntimeError(
