@@ -46,7 +46,7 @@ def describe_format(path: Path) -> str | None:
         return _ENDINGS[".onnx"]
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the file itself: run git lfs pull"
-    if head.lstrip()[:1] == b"<" and b"<" in head[:200] and _is_text(head):
+    if head.lstrip()[:1] == b"<" and _is_text(head):
         return "is a page of HTML or XML, not a checkpoint: download the file itself"
     if _is_text(head):
         return "is text, not a checkpoint"

@@ -91,10 +91,13 @@ class Steps:
     """The steps of a direction, one by one."""
 
     def __init__(self, d: Direction) -> None:
-        self.reverse = d.reverse
+        self._take_order_and_cuts(d)
         self._B = d.h_0.size(0)
         # Of packed input the number of rows of each step. Dense input has B rows in every step.
         self._sizes: list[int] | None = None if d.batch_sizes is None else d.batch_sizes.tolist()
+
+    def _take_order_and_cuts(self, d: Direction) -> None:
+        self.reverse = d.reverse
         self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [T, B, 1] or [N, 1]
         self._cut_steps: Sequence[Tensor] | None = None
 
@@ -163,9 +166,7 @@ class PaddedSteps(Steps):
 
     def __init__(self, d: Direction) -> None:
         assert d.batch_sizes is not None
-        self.reverse = d.reverse
-        self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [N, 1]
-        self._cut_steps = None
+        self._take_order_and_cuts(d)
         batch_sizes = d.batch_sizes.to(d.x.device)
         N, B = d.x.size(0), d.h_0.size(0)
         ends = batch_sizes.cumsum(0)  # [T]
@@ -219,9 +220,7 @@ class MaskedSteps(PaddedSteps):
 
     def __init__(self, d: Direction) -> None:
         assert d.lengths is not None
-        self.reverse = d.reverse
-        self._cut_rows = None if d.cuts is None else d.cuts.unsqueeze(-1)  # [T, B, 1]
-        self._cut_steps = None
+        self._take_order_and_cuts(d)
         self.present = has_step(d.lengths, d.x.size(0)).unsqueeze(2)  # [T, B, 1]
 
     def fill(self, data: Tensor) -> Tensor:
