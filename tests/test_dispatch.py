@@ -281,7 +281,7 @@ def _choices() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("context", "packed", "options"), _choices())
+@pytest.mark.parametrize(("context", "packed", "options"), list(_choices()))
 def test_the_choice(
     context: tuple[set[str], Callable[[CalledLayer], Any]], packed: bool, options: dict[str, Any]
 ) -> None:

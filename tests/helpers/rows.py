@@ -1,6 +1,6 @@
 """The report's rows as tests."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ def row_grid(
     rows: Iterable[ReportRow],
     settings: Mapping[str, dict[str, Any]],
     slow_rows: Container[str] = (),
-) -> Iterator[Any]:
+) -> list[Any]:
     """A test's parameters: a row, options, and whether the input is packed; all but a sample slow.
 
     The quick run takes the first of the settings with dense input, and the last, which has the most
@@ -31,6 +31,7 @@ def row_grid(
     Of ``slow_rows`` it takes nothing.
     """
     first, *_, last = settings
+    parameters = []
     for row in rows:
         for name in (first, last) if row.slow else settings:
             for packed in (False, True) if row.packed else (False,):
@@ -42,4 +43,5 @@ def row_grid(
                 marks = [] if quick else [pytest.mark.slow]
                 marks += [pytest.mark.optional] if row.needs else []
                 label = f"{row.label}-{name}{'-packed' * packed}"
-                yield pytest.param(row, settings[name], packed, id=label, marks=marks)
+                parameters.append(pytest.param(row, settings[name], packed, id=label, marks=marks))
+    return parameters
