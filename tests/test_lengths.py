@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from manual_lstm import ManualLSTM, plain_loop, replace_lstm, restore_lstm
@@ -233,6 +235,24 @@ def test_a_compiled_function_serves_all_lengths(cls: type[ManualLSTM], backend: 
         actual = results(lambda x, of_x=of_x: compiled(x, of_x), x, parameters)
         assert_near(actual, expected, 1e-11)
     assert graphs <= 2
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 2])], ids=["dense", "lengths"])
+def test_cuda_graphs_are_cut_where_the_operators_look_at_lengths(lengths: Tensor | None) -> None:
+    layer, unsafe = ManualLSTM(3, 4), {}
+
+    def collect(graph: Any, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if "manual_lstm" in str(node.target):
+                unsafe[str(node.target)] = torch.Tag.cudagraph_unsafe in node.target.tags
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=collect), fullgraph=True)
+    compiled(torch.randn(5, 2, 3), lengths=lengths)[0].sum().backward()
+    assert len(unsafe) == 2  # forward and backward
+    assert set(unsafe.values()) == {lengths is not None}
+    torch.compiler.reset()
 
 
 class Model(nn.Module):

@@ -42,18 +42,21 @@ _library: Any = Library("manual_lstm", "DEF")  # type: ignore[no-untyped-call]
 # torch.compile keeps programs on disk, where it finds them by the names of their operators. Give the
 # overloads another name whenever the shape or the layout of what they take or return changes: otherwise
 # programs that an earlier version of this package has left there run with this one.
-_library.define(
-    f"direction.padded_or_cut({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    f"direction_backward.padded_or_cut({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
+_SCHEMAS = {
+    "direction": f"({_DIRECTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "direction_backward": f"({_DIRECTION}, Tensor gates, Tensor cells, Tensor? grad_output, "
     "Tensor? grad_h_n, Tensor? grad_c_n, bool[] needs, bool by_row) -> "
     f"({', '.join(['Tensor'] * 10)})",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-direction = torch.ops.manual_lstm.direction.padded_or_cut
-direction_backward = torch.ops.manual_lstm.direction_backward.padded_or_cut
+}
+# With lengths the operators look at them, which a CUDA graph cannot: torch.compile cuts it there.
+_TAGS = {"cut": (), "padded": (torch.Tag.cudagraph_unsafe,)}
+for _name, _schema in _SCHEMAS.items():
+    for _overload, _tags in _TAGS.items():
+        _library.define(f"{_name}.{_overload}{_schema}", tags=(torch.Tag.pt2_compliant_tag, *_tags))
+direction = torch.ops.manual_lstm.direction.cut
+direction_backward = torch.ops.manual_lstm.direction_backward.cut
+_direction_padded = torch.ops.manual_lstm.direction.padded
+_direction_backward_padded = torch.ops.manual_lstm.direction_backward.padded
 
 
 def run_fused(d: Direction, keep: bool = False) -> Result:
@@ -65,7 +68,8 @@ def run_fused(d: Direction, keep: bool = False) -> Result:
     """
     needs_grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in Gradients.of(d))
     if not nobody_watches(d.x):
-        output, h_n, c_n, gates, cells = direction(*d, needs_grad or keep)
+        operator = direction if d.lengths is None else _direction_padded
+        output, h_n, c_n, gates, cells = operator(*d, needs_grad or keep)
     elif needs_grad:
         return Result(*_DirectionFunction.apply(*d, True))  # type: ignore[no-untyped-call]
     else:
@@ -172,7 +176,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
                 with profiled("manual_lstm::direction_backward"), below_autograd():
                     values = _take_back(d, gates, cells, grad_results, need, False)
             else:
-                values = direction_backward(*d, gates, cells, *grad_results, list(need), False)
+                operator = direction_backward if d.lengths is None else _direction_backward_padded
+                values = operator(*d, gates, cells, *grad_results, list(need), False)
             gradients = Gradients(*(v if n else None for v, n in zip(values, need)))
     return *gradients.by_argument(), None
 
@@ -190,11 +195,13 @@ class _DirectionFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-_library.impl("direction.padded_or_cut", _direction, "CompositeExplicitAutograd")
-_library.impl("direction_backward.padded_or_cut", _direction_backward, "CompositeExplicitAutograd")
-torch.library.register_fake(direction, _direction_fake, lib=_library)
-torch.library.register_fake(direction_backward, _direction_backward_fake, lib=_library)
-torch.library.register_autograd(direction, _backward, setup_context=_save, lib=_library)
+for _operator in (direction, _direction_padded):
+    _library.impl(_operator, _direction, "CompositeExplicitAutograd")
+    torch.library.register_fake(_operator, _direction_fake, lib=_library)
+    torch.library.register_autograd(_operator, _backward, setup_context=_save, lib=_library)
+for _operator in (direction_backward, _direction_backward_padded):
+    _library.impl(_operator, _direction_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(_operator, _direction_backward_fake, lib=_library)
 
 
 # FlopCounterMode copies the registry of formulas when it is made, so they are registered now. A CUDA
