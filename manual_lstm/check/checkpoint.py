@@ -77,6 +77,9 @@ def load_checkpoint(path: str | Path) -> object:
     try:
         with path.open("rb") as file:
             head = file.read(16)
+    except OSError as error:
+        raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
+    try:
         if path.suffix == ".safetensors" or (head[8:10] == b'{"' and head[:1] != b"\x80"):
             return _load_safetensors(path)
         if head.startswith(b"\x93NUMPY") or path.suffix == ".npz":
@@ -87,8 +90,6 @@ def load_checkpoint(path: str | Path) -> object:
         return load_with_stand_ins(path)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
     except Exception as error:  # a broken or hostile file may make the readers raise anything
         raise CheckpointError(_reason(path, error)) from None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 _MOST_NAMES = 10_000
 _DEEPEST = 1000  # of tuples in tuples: Python's hash of one goes as deep, and ends the process
 # In torch's pickles these are dicts, which are searched like any other.
-_DICTS = {"builtins.dict", "__builtin__.dict", "collections.defaultdict"}
+_DICTS = {"builtins.dict", "__builtin__.dict", "collections.defaultdict", "collections.OrderedDict"}
 _DTYPES = {
     "f2": torch.float16,
     "f4": torch.float32,
@@ -98,44 +98,39 @@ def load_with_stand_ins(path: Path) -> object:
     Raises:
         What torch.load and pickle raise for a file that they cannot read, or refuse to.
     """
-    names = _foreign_names(path)
-    if names is None:
-        return _load_pickle(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for record in archive.namelist():
-                if record.endswith("data.pkl"):
-                    _check_depth(io.BytesIO(archive.read(record)))
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        names = {name for data in pickles for name in _names_in(io.BytesIO(data))}
+    elif _is_legacy(path):
+        with path.open(
+            "rb"
+        ) as file:  # pickles of the magic number, the protocol, the machine, the object
+            names = {name for _ in range(4) for name in _names_in(file)}
+    else:
+        data = io.BytesIO(path.read_bytes())
+        _names_in(data)
+        data.seek(0)
+        return _Unpickler(data).load()
     if len(names) > _MOST_NAMES:
         raise pickle.UnpicklingError(f"{len(names)} foreign names")
-    admitted: Any = [(_stand_in(name), name) for name in names]
+    # Of the names that torch admits by itself it takes its own.
+    admitted: Any = [(_stand_in(name), name) for name in sorted(names)]
     with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _foreign_names(path: Path) -> list[str] | None:
-    """The names in a file of torch.save that need a stand-in; ``None`` for a plain pickle."""
-    if zipfile.is_zipfile(path):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    names: dict[str, None] = {}
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins with the pickle that torch.save's old format begins with."""
+    if pickle_protocol(path) is None:
+        raise pickle.UnpicklingError("this is no pickle")
     with path.open("rb") as file:
-        if pickle_protocol(path) is None:
-            raise pickle.UnpicklingError("this is no pickle")
-        magic = [argument for _, argument, _ in pickletools.genops(file) if argument is not None]
-        if torch.serialization.MAGIC_NUMBER not in magic:
-            return None
-        for _ in range(3):  # the protocol, the machine, and the object
-            start = file.tell()
-            _check_depth(file)
-            file.seek(start)
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    module, name = str(argument).split(" ", 1)
-                    # Python 2's names, as the unpickler takes them.
-                    module, name = NAME_MAPPING.get((module, name), (module, name))
-                    names[f"{IMPORT_MAPPING.get(module, module)}.{name}"] = None
-    return list(names)  # of those that torch admits by itself it takes its own
+        opcodes = pickletools.genops(file)
+        first = next(
+            argument for opcode, argument, _ in opcodes if opcode.name not in ("PROTO", "FRAME")
+        )
+    return bool(first == torch.serialization.MAGIC_NUMBER)
 
 
 def pickle_protocol(path: Path) -> int | None:
@@ -147,16 +142,32 @@ def pickle_protocol(path: Path) -> int | None:
     return 0 if head[:1] in (b"(", b"}", b"]", b"c") else None
 
 
-def _check_depth(file: IO[bytes]) -> None:
-    """Raise for a pickle whose tuples nest deeper than Python can hash, or that is no pickle."""
+def _names_in(file: IO[bytes]) -> set[str]:
+    """Look through one pickle before it is read.
+
+    Returns:
+        The names that it refers to in protocols up to 2.
+
+    Raises:
+        ValueError: it is no pickle.
+        pickle.UnpicklingError: tuples nest deeper than Python can hash, or it refers to what is not in
+            the file.
+    """
+    names = set()
     stack: list[int] = []  # how deep tuples nest in each object on the pickle's stack; -1 is a mark
     memo: dict[Any, int] = {}
-    for opcode, argument, _ in pickletools.genops(file):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
+        if name == "GLOBAL":
+            names.add(_name_in_python_3(*str(argument).split(" ", 1)))
+        elif name.startswith("EXT"):  # the registry of this process, not the file, names these
+            raise pickle.UnpicklingError("the opcode EXT")
         if name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo.get(argument, 0))
             continue
         if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            if int(argument or 0) > count:
+                raise pickle.UnpicklingError("a memo beyond the end")
             memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1] if stack else 0
             continue
         if name == "DUP":
@@ -176,6 +187,12 @@ def _check_depth(file: IO[bytes]) -> None:
             if depth > _DEEPEST:
                 raise pickle.UnpicklingError(f"tuples nested deeper than {_DEEPEST}")
         stack += [-1 if name == "MARK" else depth] * len(opcode.stack_after)
+    return names
+
+
+def _name_in_python_3(module: str, name: str) -> str:
+    module, name = NAME_MAPPING.get((module, name), (module, name))
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -184,8 +201,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in ("_codecs.encode", "builtins.bytes"):
             return type("Bytes", (_Bytes,), {})
-        if f"{module}.{name}" == "collections.OrderedDict":
-            return type("Dict", (_PlainDict,), {})
         return _stand_in(f"{module}.{name}")
 
 
@@ -194,17 +209,6 @@ class _Bytes:
 
     def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
         return text.encode("latin1") if isinstance(text, str) else b""
-
-
-def _load_pickle(path: Path) -> object:
-    data = path.read_bytes()
-    _check_depth(io.BytesIO(data))
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name.startswith("EXT"):  # the registry of this process, not the file, names these
-            raise pickle.UnpicklingError("the opcode EXT")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-            raise pickle.UnpicklingError("a memo beyond the end")
-    return _Unpickler(io.BytesIO(data)).load()
 
 
 def as_tensor(stand_in: StandIn) -> Tensor | None:
