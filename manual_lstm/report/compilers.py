@@ -202,16 +202,17 @@ class FunctionOfTensors(nn.Module):
         return tuple(call_layer(self.layer, x, hx).values())
 
 
-def input_tensors(input: Input) -> list[Tensor]:
+def input_tensors(input: Input) -> tuple[Tensor, ...]:
     """Return the tensors that :class:`FunctionOfTensors` takes in place of the input."""
-    return [input] if isinstance(input, Tensor) else [t for t in input if t is not None]
+    # No list: a loaded program has another type for it once the package tensordict is imported.
+    return (input,) if isinstance(input, Tensor) else tuple(t for t in input if t is not None)
 
 
 def dynamic_sizes(setting: Setting, hx: bool, named: bool) -> Any:
     """Return the ``dynamic_shapes`` for torch.export: those of the input's tensors, and of hx."""
     T, B, N = (Dim(name) if named else Dim.DYNAMIC for name in ("T", "B", "N"))
     t, b = (1, 0) if setting.options.get("batch_first") else (0, 1)
-    x: list[Any] = [{0: N}, {0: T}, {0: B}, {0: B}] if setting.packed else [{t: T, b: B}]
+    x: tuple[Any, ...] = ({0: N}, {0: T}, {0: B}, {0: B}) if setting.packed else ({t: T, b: B},)
     return (x, ({1: B}, {1: B}) if hx else None)
 
 
@@ -223,7 +224,7 @@ def check_other_shapes(setting: Setting, program: Any, layer: nn.Module, hx: boo
         assert_close(program(*arguments), lstm(*arguments))
 
 
-def example_arguments(setting: Setting, hx: bool) -> tuple[list[Tensor], State | None]:
+def example_arguments(setting: Setting, hx: bool) -> tuple[tuple[Tensor, ...], State | None]:
     """Return the arguments that a layer is exported or traced with."""
     return input_tensors(setting.input(*EXAMPLE)), setting.hx(EXAMPLE[1]) if hx else None
 
