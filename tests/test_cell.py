@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm import ManualLSTM
 from manual_lstm.check.parity import data_of
 from manual_lstm.testing import Case, assert_same_layer, cases
+from manual_lstm.testing.comparing import run_case
 from tests.helpers.layers import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -25,6 +26,8 @@ def test_same_results_and_gradients_in_float64(case: Case) -> None:
 @given(case=cases(dtypes=(torch.complex128,), devices=("cpu",), large=False, without={"dropout"}))
 def test_same_results_and_gradients_in_complex128(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
+    # Near a pole of the complex tanh both layers' errors grow without bound.
+    assume(all(float(t.abs().max()) < 1e4 for t in run_case(reference, case).values() if t.numel()))
     assert_same_layer(layer, reference, case)
 
 

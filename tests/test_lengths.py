@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -18,7 +18,6 @@ from manual_lstm.check.parity import twins
 from manual_lstm.testing import Case, assert_same_layer, cases
 from manual_lstm.testing.pieces import run_in_pieces
 from tests.helpers.loops import always_plainly, loops_chosen, plainly
-from tests.helpers.search import SEARCH
 from tests.helpers.versions import compiles_scan
 
 OPTIONS: list[dict[str, Any]] = [
@@ -49,14 +48,12 @@ def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@settings(SEARCH)
 @given(case=cases(beyond={"lengths"}, without={"dense", "unbatched", "packed"}))
 def test_lengths_equal_packing(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
     assert_same_layer(layer, reference, case)
 
 
-@settings(SEARCH)
 @given(case=cases(beyond={"lengths"}, without={"dense", "unbatched", "packed"}, large=False))
 def test_lengths_equal_packing_in_the_plain_loop(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
@@ -64,7 +61,6 @@ def test_lengths_equal_packing_in_the_plain_loop(case: Case) -> None:
         assert_same_layer(layer, reference, case)
 
 
-@settings(SEARCH)
 @given(
     case=cases(
         dtypes=[torch.float32, torch.bfloat16],

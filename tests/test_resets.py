@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -17,7 +17,6 @@ from manual_lstm.testing.cases import KEYWORDS
 from manual_lstm.testing.pieces import run_in_pieces
 from tests.helpers.layers import randn
 from tests.helpers.loops import loops_chosen, plainly
-from tests.helpers.search import SEARCH
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -40,14 +39,12 @@ def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@settings(SEARCH)
 @given(case=cases(beyond=KEYWORDS))
 def test_resets_equal_every_piece_alone(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
     assert_same_layer(layer, reference, case)
 
 
-@settings(SEARCH)
 @given(case=cases(beyond=KEYWORDS, large=False))
 def test_resets_equal_every_piece_alone_in_the_plain_loop(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
@@ -55,7 +52,6 @@ def test_resets_equal_every_piece_alone_in_the_plain_loop(case: Case) -> None:
         assert_same_layer(layer, reference, case)
 
 
-@settings(SEARCH)
 @given(case=cases(dtypes=[torch.float32, torch.bfloat16], beyond=KEYWORDS, large=False))
 def test_resets_in_low_precision(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
