@@ -2,3 +2,5 @@
 
 They are part of the repository, not of the installed package. Run them from the repository's root.
 """
+
+import manual_lstm  # noqa: F401  (before torch, so that Ctrl-C during the imports shows no traceback)

@@ -59,9 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     run: Callable[..., int] = arguments.run
     try:
         return run(arguments, settings, results)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     finally:
         if arguments.json is not None:
             written = {"machine": machine.describe(settings), "rows": results}

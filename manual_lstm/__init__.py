@@ -2,6 +2,9 @@
 
 import warnings
 
+from manual_lstm.check.interrupt import guard_imports
+
+guard_imports("manual_lstm", "benchmarks")
 with warnings.catch_warnings():
     # torch says so where numpy is not installed. Nothing here needs it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

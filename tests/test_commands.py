@@ -1,12 +1,14 @@
 """What all commands have in common: wrong words, rows by name, progress, interruption, closed pipes."""
 
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,8 @@ from manual_lstm.report import table
 from manual_lstm.report.row import ReportRow
 from manual_lstm.testing import __main__ as testing_command
 from manual_lstm.testing import check_lstm
+
+ROOT = Path(__file__).parents[1]
 
 
 class TakesNothing(nn.Module):
@@ -128,13 +132,67 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(lambda: 1) == 1
 
 
-def test_a_command_that_is_interrupted_or_not_read_shows_no_traceback() -> None:
-    words = [sys.executable, "-m", "manual_lstm.testing", "--examples", "5000"]
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert (running.returncode, out, err) == (130, "", "interrupted\n")
+def _interrupt(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Send Ctrl-C as a terminal does, to the children too; return the status, stdout and stderr."""
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def _start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    words = (sys.executable, *words)
+    return subprocess.Popen(
+        words, text=True, start_new_session=True, stdout=pipe, stderr=pipe, **options
+    )
+
+
+def test_an_interrupted_command_shows_no_traceback() -> None:
+    running = _start("-m", "manual_lstm.testing", "--examples", "5000")
+    time.sleep(6)
+    assert _interrupt(running) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["manual_lstm", "manual_lstm.testing", "benchmarks"])
+def test_a_command_is_interrupted_while_it_imports(module: str, tmp_path: Path) -> None:
+    slow = "import pathlib, time\npathlib.Path('here').touch()\ntime.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(slow, encoding="utf-8")
+    running = _start("-m", module, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "here").exists() and running.poll() is None:
+        time.sleep(0.05)
+    assert _interrupt(running) == (130, "", "interrupted\n")
+
+
+def test_an_interruption_that_nobody_can_catch_ends_the_process() -> None:
+    program = """
+import os, signal
+from manual_lstm.check.command import run_command
+
+class Deleted:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def main():
+    Deleted()
+    print("still here")
+
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_another_program_keeps_its_handler(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks.py").write_text(
+        "import signal, manual_lstm\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n",
+        encoding="utf-8",
+    )
+    words = [sys.executable, "-m", "benchmarks"]
+    subprocess.run(words, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_a_command_that_nobody_reads_shows_no_traceback() -> None:
     words = [sys.executable, "-m", "manual_lstm", "report", "--list"]
     running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None

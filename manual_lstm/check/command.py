@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Collection
 
-INTERRUPTED, CLOSED_PIPE = 130, 141  # the statuses of a shell: 128 and the number of the signal
+from manual_lstm.check.interrupt import INTERRUPTED, interruptible
+
+CLOSED_PIPE = 141  # the status of a shell: 128 and the number of the signal
 
 
 def run_command(main: Callable[[], int]) -> int:
@@ -16,9 +18,10 @@ def run_command(main: Callable[[], int]) -> int:
         The exit status: that of ``main``, 130 after Ctrl-C, or 141 where nobody reads the output.
     """
     try:
-        status = main()
-        sys.stdout.flush()
-        return status
+        with interruptible():
+            status = main()
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -55,6 +55,7 @@ class BlockCuts:
         self._starts = steps.starts
         self._of_steps: list[Tensor | None] = [None] * len(steps.sizes)
         self._rows: Tensor | None = None  # those of all steps, in packed data
+        self._h = d.h_0.new_empty(0)  # where copy_h writes
         if d.cuts is None:
             return
         cuts = d.cuts.reshape(-1)  # [N]
@@ -82,6 +83,23 @@ class BlockCuts:
     def of(self, block: range) -> list[Tensor | None]:
         """For each step of a block the rows that begin from zeros; ``None`` for none."""
         return self._of_steps[block.start : block.stop]
+
+    def copy_h(self, h: Tensor, rows: Tensor, pieces: int) -> Tensor:
+        """Copy the hidden state before a step, with zeros in the rows that begin anew.
+
+        Args:
+            h: ``[b, features]``.
+            rows: of :meth:`of`.
+            pieces: how often the result repeats the copy.
+
+        Returns:
+            ``[pieces, b, features]``. The next call writes to the same place.
+        """
+        if self._h.shape != h.shape:
+            self._h = h.new_empty(h.shape)
+            self._h_wide = self._h.expand(pieces, *h.shape)
+        zero_rows(self._h.copy_(h), rows)
+        return self._h_wide
 
     def zero(self, states: Tensor, block: range) -> Tensor:
         """Write zeros among the states before the steps of a block, ``[n, features]``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manual_lstm.cell import lstm_cell_out
 from manual_lstm.engine import workspace
-from manual_lstm.engine.cuts import BlockCuts, with_zeros, zero_rows
+from manual_lstm.engine.cuts import BlockCuts, zero_rows
 from manual_lstm.engine.direction import Direction
 from manual_lstm.engine.gemm import gate_product
 from manual_lstm.engine.input_product import InputProduct, input_product
@@ -74,25 +74,25 @@ def _run(d: Direction, steps: BlockSteps, product: InputProduct, places: "_Place
     add = gate_product(d.weight_hh, steps.starts[-1] // T, T, steps.of_one)
     weight_hr_t = None if d.weight_hr is None else d.weight_hr.t()
     cuts = BlockCuts(d, steps)
-    # The state before a step, h widened.
-    h, c = d.h_0.expand(2 if steps.of_one else 4, *d.h_0.shape), d.c_0
+    # The state before a step, and h as gate_product takes it.
+    h, h_wide, c = d.h_0, d.h_0.expand(2 if steps.of_one else 4, *d.h_0.shape), d.c_0
     for block in steps.blocks(product.most_rows, _BLOCK_STEPS):
         a_block, views = places.enter(block, product.by_step)
         inputs = product.enter(block, a_block)
         for x_t, cut, views_t in steps.in_order(zip(inputs, cuts.of(block), views)):
-            a, a_ifo, i, f, o, g, c_out, h_out, h_wide = views_t
+            a, a_ifo, i, f, o, g, c_out, h_out, h_out_wide = views_t
             if not steps.dense and c_out.size(0) != c.size(0):
                 b = c_out.size(0)
-                h = steps.resized(h, b, d.h_0.expand(4, *d.h_0.shape))
-                c = steps.resized(c, b, d.c_0) if places.save else c_out
+                h_wide = steps.resized(h_wide, b, d.h_0.expand(4, *d.h_0.shape))
+                h, c = h_wide[0], steps.resized(c, b, d.c_0) if places.save else c_out
             if cut is not None:
-                h = with_zeros(h[0], cut).expand(h.shape)
-                c = zero_rows(c, cut) if c is c_out else with_zeros(c, cut)
+                h_wide = cuts.copy_h(h, cut, h_wide.size(0))
+                c = zero_rows(c if c is c_out else c_out.copy_(c), cut)
             if x_t is not None:
                 product.of_step(x_t, a)
-            add(a, h)
+            add(a, h_wide)
             lstm_cell_out(c, weight_hr_t, a_ifo, i, f, g, o, c_out, h_out)
-            h, c = h_wide, c_out
+            h, h_wide, c = h_out, h_out_wide, c_out
         places.leave(block)
     places.end()
     return places.c_n

@@ -1,6 +1,7 @@
 """Rows on training on two processes, compared with nn.LSTM on one process and the same batches."""
 
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
+from manual_lstm.check.interrupt import left_alone
 from manual_lstm.check.parity import data_of
 from manual_lstm.report.row import MissingRequirement, ReportRow, Setting
 
@@ -79,7 +81,8 @@ def train_model(model: nn.Module, setting: Setting, part: slice) -> list[float]:
 
 def _spawn(run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Run a function in two processes, and leave none behind, also when this one is interrupted."""
-    context: Any = spawn(run, arguments, nprocs=2, join=False)  # type: ignore[no-untyped-call]
+    with left_alone():
+        context: Any = spawn(run, arguments, nprocs=2, join=False)  # type: ignore[no-untyped-call]
     try:
         while not context.join():
             pass
@@ -109,6 +112,8 @@ def run_on_two_processes(job: Callable[[int, Path], R], folder: Path) -> R:
 
 
 def _run_in_process(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
+    # As torch's spawn has it, the end of the process that has started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     store = (folder / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
