@@ -264,6 +264,10 @@ class Padded(Dense):
             raise ValueError(f"lengths {_ONLY_PADDED}, but got unbatched input: {list(input.shape)}")
         T, B = self.x.shape[:2]
         lengths = as_lengths(lengths, T, B)
+        if lengths.is_meta and not self.x.is_meta:
+            raise RuntimeError(
+                f"lengths should be on a device with numbers, such as {self.x.device}, but got meta"
+            )
         self._padding: Padding | None = None
         if not has_numbers(lengths):
             self.lengths = lengths.to(self.x.device)

@@ -1,6 +1,8 @@
 """``lengths``: padded batches without packing, against packing by hand."""
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from manual_lstm import ManualLSTM, plain_loop, replace_lstm, restore_lstm
+from manual_lstm import CellWeights, ManualLSTM, Step, plain_loop, replace_lstm, restore_lstm
 from manual_lstm.cells import PeepholeLSTM, VariationalLSTM
 from manual_lstm.check.parity import twins
 from manual_lstm.testing import Case, assert_same_layer, cases
@@ -116,21 +119,74 @@ def test_an_empty_sequence_returns_its_states() -> None:
     assert output.shape == (0, 4, 8)
 
 
-def test_many_things_are_lengths() -> None:
-    numpy = pytest.importorskip("numpy")
-    layer = ManualLSTM(3, 4)
-    x = torch.randn(5, 3, 3)
+class Index:
+    """What Python takes for an index, and torch does not."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+
+def _many_lengths() -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "list": [5, 0, 3],
+        "tuple": (5, 0, 3),
+        "deque": deque([5, 0, 3]),
+        "indices": [Index(5), Index(0), Index(3)],
+        "int32": torch.tensor([5, 0, 3], dtype=torch.int32),
+        "uint8": torch.tensor([5, 0, 3], dtype=torch.uint8),
+        "uint16": torch.tensor([5, 0, 3], dtype=torch.uint16),
+        "list of tensors": list(torch.tensor([5, 0, 3])),
+        "tensors and ints": [5, torch.tensor(0, dtype=torch.uint8), 3],
+    }
+    with suppress(ModuleNotFoundError):
+        import numpy
+
+        for kind in ("int64", "uint64", "uint8", ">i4"):
+            made[f"numpy {kind}"] = numpy.array([5, 0, 3], dtype=kind)
+        made["numpy integers"] = [numpy.int64(5), numpy.int32(0), numpy.uint8(3)]
+        made["numpy unsigned integers"] = [numpy.uint64(n) for n in (5, 0, 3)]
+    return made
+
+
+MANY_LENGTHS = _many_lengths()
+_NOT_DYNAMOS = ("deque", "indices", "numpy >i4", "numpy unsigned integers")
+COMPILED_LENGTHS = [kind for kind in MANY_LENGTHS if kind not in _NOT_DYNAMOS]
+
+
+@pytest.mark.parametrize("kind", MANY_LENGTHS)
+def test_many_things_are_lengths(kind: str) -> None:
+    layer, x = ManualLSTM(3, 4), torch.randn(5, 3, 3)
     expected = layer(x, lengths=torch.tensor([5, 0, 3]))
-    for lengths in (
-        [5, 0, 3],
-        (5, 0, 3),
-        torch.tensor([5, 0, 3], dtype=torch.int32),
-        torch.tensor([5, 0, 3], dtype=torch.uint8),
-        numpy.array([5, 0, 3]),
-        [numpy.int64(5), numpy.int32(0), numpy.uint8(3)],
-        list(torch.tensor([5, 0, 3])),
-    ):
-        torch.testing.assert_close(layer(x, lengths=lengths), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x, lengths=MANY_LENGTHS[kind]), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", COMPILED_LENGTHS)
+def test_many_things_are_lengths_of_a_compiled_layer(kind: str) -> None:
+    layer, x = ManualLSTM(3, 4), torch.randn(5, 3, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    expected = layer(x, lengths=torch.tensor([5, 0, 3]))
+    torch.testing.assert_close(compiled(x, lengths=MANY_LENGTHS[kind]), expected)
+
+
+def test_a_list_of_tensors_is_recorded() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ManualLSTM(3, 4)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            output: Tensor = self.layer(x, lengths=list(lengths.unbind()))[0]
+            return output
+
+    model, x = Listed(), torch.randn(5, 2, 3)
+    traced: Any = torch.jit.trace(model, (x, torch.tensor([5, 2])))  # type: ignore[no-untyped-call]
+    other = torch.tensor([3, 4])
+    torch.testing.assert_close(traced(x, other), model(x, other))
+    torch.testing.assert_close(torch.vmap(model, (None, 0))(x, other[None])[0], model(x, other))
 
 
 WRONG: dict[str, tuple[type[Exception], Any, str]] = {
@@ -145,6 +201,19 @@ WRONG: dict[str, tuple[type[Exception], Any, str]] = {
     "bool tensor": (TypeError, torch.ones(3).bool(), "lengths .* torch.bool"),
     "a number": (TypeError, 5, "lengths .* got 5"),
     "text": (TypeError, "531", "lengths .* '531'"),
+    "a set": (TypeError, {5, 3, 1}, r"lengths .*\(set\)"),
+    "a generator": (TypeError, (n for n in (5, 3, 1)), r"lengths .*\(generator\)"),
+    "nested": (TypeError, [[5], [3], [1]], r"lengths .* \[5\]"),
+    "a bool in a tensor": (TypeError, [torch.tensor(True), 3, 1], r"lengths .*\(True\)"),
+    "packed": (TypeError, pack_sequence([torch.ones(3)]), "lengths .* PackedSequence"),
+    "sparse": (TypeError, torch.tensor([5, 3, 1]).to_sparse(), "lengths .*sparse"),
+    "without numbers": (
+        RuntimeError,
+        torch.ones(3, dtype=torch.int64, device="meta"),
+        "lengths .* meta",
+    ),
+    "one without": (RuntimeError, [torch.tensor(5, device="meta"), 3, 1], "lengths .* meta"),
+    "beyond int64": (ValueError, [2**70, 3, 1], "lengths .* 1180591620717411303424 for sequence 0"),
 }
 
 
@@ -187,6 +256,46 @@ def test_vmap_over_batches_of_lengths(cls: type[ManualLSTM], options: dict[str, 
         assert_near({name: g[k] for name, g in gradients.items()}, expected)
         output, (h_n, c_n) = answers
         assert_near((output[k], (h_n[k], c_n[k])), answer)
+
+
+class GapLSTM(ManualLSTM):
+    """A cell that divides by its input, which is never zero where there is a step."""
+
+    def per_step(self, x: Tensor) -> dict[str, Tensor]:
+        return {"gap": x[..., -1:]}
+
+    def cell(self, x_t: Tensor, h: Tensor, c: Tensor, w: CellWeights) -> Step:
+        return super().cell(x_t, h, c / w.gap, w)
+
+
+@pytest.mark.parametrize("cls", [ManualLSTM, GapLSTM])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("lengths", [(0, 4, 2), (0, 0, 0)], ids=str)
+def test_an_empty_sequence_has_no_part_in_a_masked_loop(
+    cls: type[ManualLSTM], num_layers: int, lengths: tuple[int, ...]
+) -> None:
+    layer = cls(3, 4, num_layers, dtype=torch.float64)
+    x = torch.rand(4, 3, 3, dtype=torch.float64) + 0.5
+    h_0 = torch.randn(num_layers, 3, 4, dtype=torch.float64)
+    h_0[:, 0] = float("nan")
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], lengths: Tensor) -> tuple[Tensor, Any]:
+        keywords = {"lengths": lengths}
+        answer = functional_call(layer, parameters, (x, (h_0, h_0)), keywords)
+        return answer[0].square().sum() + answer[1][1][:, 1:].sum(), answer
+
+    gradient = torch.func.grad(loss, has_aux=True)
+    expected = gradient(parameters, torch.tensor(lengths))
+    with loops_chosen() as loops:
+        actual = torch.vmap(gradient, (None, 0))(parameters, torch.tensor([lengths]))
+    assert loops == {"PLAIN"}
+    for name, found in actual[0].items():
+        assert_near(found[0], expected[0][name])
+    (output, states), (output_once, states_once) = actual[1], expected[1]
+    torch.testing.assert_close(output[0], output_once, rtol=0, atol=1e-12)
+    for state, once in zip(states, states_once):
+        torch.testing.assert_close(state[0], once, rtol=0, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)

@@ -128,6 +128,7 @@ WRONG: dict[str, tuple[type[Exception], Any, str]] = {
     "unbatched": (ValueError, torch.zeros(5).bool(), r"resets .* got \[5\]"),
     "floats": (TypeError, torch.zeros(5, 2), "resets .* torch.float32: pass resets.bool"),
     "bytes": (TypeError, torch.zeros(5, 2).byte(), "resets .* torch.uint8"),
+    "sparse": (TypeError, torch.zeros(5, 2).bool().to_sparse(), "resets .*sparse"),
     "a list": (TypeError, [[False] * 2] * 5, "resets .* list"),
     "packed": (TypeError, pack_sequence([torch.zeros(5).bool()] * 2), "resets .* PackedSequence"),
     "elsewhere": (RuntimeError, torch.zeros(5, 2, device="meta").bool(), "resets .* cpu, but got meta"),

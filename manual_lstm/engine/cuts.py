@@ -132,8 +132,10 @@ def with_zeros(states: Tensor, rows: Tensor) -> Tensor:
 
 def check_resets(resets: Any, expected: Sequence[int], device: torch.device) -> None:
     """Check that resets are a tensor of the input's kind, with a bool for each of its steps."""
-    if not isinstance(resets, Tensor) or resets.is_nested:
-        kind = "a nested tensor" if isinstance(resets, Tensor) else type(resets).__name__
+    if not isinstance(resets, Tensor) or resets.is_nested or resets.layout != torch.strided:
+        kind = type(resets).__name__
+        if isinstance(resets, Tensor):
+            kind = "a nested tensor" if resets.is_nested else f"a tensor of {resets.layout}"
         raise TypeError(f"resets should be a Tensor of torch.bool like the input, but got {kind}")
     if resets.dtype != torch.bool:
         raise TypeError(

@@ -1,13 +1,15 @@
 """Padded sequences: their steps packed, and back; or, while lengths are not known, filled up."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from manual_lstm.engine.context import has_numbers, is_compiling
-from manual_lstm.engine.direction import Direction
+from manual_lstm.engine.direction import Direction, Result
 from manual_lstm.engine.forward import Kept
 from manual_lstm.engine.steps import has_step
 
@@ -56,18 +58,38 @@ def fill(x: Tensor, lengths: Tensor) -> Tensor:
     """Replace what stands in the padding, which may be anything, before a loop computes with it.
 
     A cell may not take zeros: the gradient of 1 / 0 is nan, however it is masked later. So each
-    sequence is continued by its last step; only one without a step gets zeros.
+    sequence is continued by its last step, and one without a step is the first step of the longest.
 
     Args:
         x: ``[T, B, I]``.
         lengths: ``[B]``, int64.
     """
-    if x.size(0) == 0:
+    T, B = x.shape[:2]
+    if T == 0 or B == 0:
         return x
-    t = torch.arange(x.size(0), device=x.device).unsqueeze(1)  # [T, 1]
-    last = (lengths - 1).clamp(min=0)
-    steps = torch.minimum(t, last).unsqueeze(2).expand(x.shape)
-    return x.gather(0, steps).masked_fill(lengths.eq(0).view(1, -1, 1), 0)
+    t = torch.arange(T, device=x.device).unsqueeze(1)  # [T, 1]
+    step = torch.minimum(t, (lengths - 1).clamp(min=0))  # [T, B]
+    sequence = torch.where(lengths > 0, torch.arange(B, device=x.device), lengths.argmax())  # [B]
+    rows = x.flatten(0, 1).index_select(0, (step * B + sequence).flatten())
+    # Where all are empty, there is no step to take.
+    return rows.view(x.shape).masked_fill(lengths.eq(0).all(), 1)
+
+
+def run_masked(d: Direction, run: Callable[[Direction], Result]) -> Result:
+    """Run a loop on a padded direction, where it computes every row of every step.
+
+    A sequence without a step gets no part in it, and keeps its states.
+
+    Args:
+        d: the direction.
+        run: the loop.
+    """
+    assert d.lengths is not None
+    empty = d.lengths.eq(0).unsqueeze(1)  # [B, 1]
+    h_0, c_0 = d.h_0.masked_fill(empty, 0), d.c_0.masked_fill(empty, 0)
+    result = run(d._replace(x=fill(d.x, d.lengths), h_0=h_0, c_0=c_0))
+    h_n, c_n = torch.where(empty, d.h_0, result.h_n), torch.where(empty, d.c_0, result.c_n)
+    return result._replace(h_n=h_n, c_n=c_n)
 
 
 def without_padding(resets: Tensor, lengths: Tensor) -> Tensor:
@@ -81,47 +103,79 @@ def as_lengths(lengths: Any, T: int, B: int) -> Tensor:
     Raises:
         TypeError: they are no integers.
         ValueError: they are not one for each sequence, between 0 and T.
+        RuntimeError: they are on the meta device.
     """
-    values = lengths if isinstance(lengths, Tensor) else _listed(lengths, B)
+    values = lengths if isinstance(lengths, Tensor) else _listed(lengths, T, B)
     return _checked(values, T, B)
 
 
-def _listed(lengths: Any, B: int) -> Tensor:
+def _listed(lengths: Any, T: int, B: int) -> Tensor:
     """Make a tensor of numbers that are not in one: in a list, a tuple, an array of numpy."""
-    try:
-        numbers = None if isinstance(lengths, (str, bytes, Mapping)) else list(lengths)
-    except TypeError:
-        numbers = None
-    if numbers is None:
+    if is_compiling() and hasattr(lengths, "dtype"):  # Dynamo makes tensors of numpy's arrays
+        return torch.as_tensor(lengths)
+    refused = isinstance(lengths, (str, bytes, Mapping, PackedSequence))
+    if refused or not (hasattr(lengths, "__getitem__") and hasattr(lengths, "__len__")):
         raise TypeError(
             f"lengths should be a list or a tensor of {B} integers, but got {lengths!r} "
             f"({type(lengths).__name__})"
         )
-    if not is_compiling():
-        for number in numbers:
-            if isinstance(number, bool) or not hasattr(number, "__index__"):
-                kind = type(number).__name__
-                raise TypeError(f"lengths should be integers, but got {number!r} ({kind})")
+    numbers = [_number(number) for number in lengths]
+    for number in numbers:
+        if isinstance(number, Tensor):
+            return torch.stack([torch.as_tensor(n, device=number.device) for n in numbers])
+    if not is_compiling():  # before they become a tensor, which takes no number above 2 ** 63
+        _check_range(numbers, T)
     return torch.as_tensor(numbers if numbers else torch.zeros(0, dtype=torch.int64))
 
 
+def _number(number: Any) -> Any:
+    """One length: an int, or a tensor of one integer without dimensions."""
+    if is_compiling() and hasattr(number, "dtype"):
+        number = torch.as_tensor(number)
+    if isinstance(number, Tensor):
+        if number.dim() == 0 and _is_integer(number):
+            return number.to(torch.int64)
+    elif hasattr(number, "__index__") and not isinstance(number, bool):
+        return number if is_compiling() else _index(number)
+    raise TypeError(f"lengths should be integers, but got {number!r} ({type(number).__name__})")
+
+
+def _index(number: Any) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:  # an array of numpy that is not an integer has the method, too
+        raise TypeError(
+            f"lengths should be integers, but got {number!r} ({type(number).__name__})"
+        ) from None
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    dtype = tensor.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def _checked(lengths: Tensor, T: int, B: int) -> Tensor:
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths should be integers, but got {lengths.dtype}")
+    if not _is_integer(lengths) or lengths.layout != torch.strided:
+        raise TypeError(
+            f"lengths should be integers in a dense tensor, but got {lengths.dtype} ({lengths.layout})"
+        )
     if lengths.dim() != 1 or lengths.size(0) != B:
         raise ValueError(
             f"lengths should be [{B}], one for each sequence, but got {list(lengths.shape)}"
         )
     lengths = lengths.to(torch.int64)
     if has_numbers(lengths):
-        values: list[int] = lengths.tolist()
-        wrong = {b: n for b, n in enumerate(values) if not 0 <= n <= T}
-        if wrong:
-            raise ValueError(
-                f"lengths should be between 0 and the {T} steps of the input, but got "
-                + ", ".join(f"{n} for sequence {b}" for b, n in list(wrong.items())[:3])
-            )
+        _check_range(lengths.tolist(), T)
     return lengths
+
+
+def _check_range(lengths: Sequence[int], T: int) -> None:
+    wrong = {b: n for b, n in enumerate(lengths) if not 0 <= n <= T}
+    if wrong:
+        raise ValueError(
+            f"lengths should be between 0 and the {T} steps of the input, but got "
+            + ", ".join(f"{n} for sequence {b}" for b, n in list(wrong.items())[:3])
+        )
 
 
 def run_forward_packed(d: Direction, save: bool, run: Callable[[Direction, bool], Kept]) -> Kept:

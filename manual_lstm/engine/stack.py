@@ -12,7 +12,7 @@ from manual_lstm.engine.direction import AllSteps, Direction, Result
 from manual_lstm.engine.dispatch import Loop, choose
 from manual_lstm.engine.fused import run_fused
 from manual_lstm.engine.opacus import OpacusCall
-from manual_lstm.engine.padding import fill, without_padding
+from manual_lstm.engine.padding import run_masked, without_padding
 from manual_lstm.engine.scan import run_scan
 from manual_lstm.engine.traced import run_traced, warn_of_recorded_steps
 from manual_lstm.engine.vmap import run_vmap
@@ -98,7 +98,6 @@ def run_stack(
         warn_of_recorded_steps(what, (x if batch_sizes is None else batch_sizes).size(0))
     if lengths is not None:
         resets = None if resets is None else without_padding(resets, lengths)
-        x = x if loop is Loop.FUSED else fill(x, lengths)
     cuts = [None if resets is None else cuts_of(resets, batch_sizes, k == 1) for k in range(D)]
 
     h_first = _rows(h_0)  # L * D times [B, P or H]
@@ -148,7 +147,10 @@ def _run(loop: Loop, d: Direction, k: int, options: CallOptions) -> Result:
         assert options.opacus is not None
         return options.opacus.run(d, k, plain=loop is Loop.OPACUS_PLAIN)
     prepare = None if options.cells is None else options.cells[k]
-    return (run_scan if loop is Loop.SCAN else run_plain)(d, prepare, options.keep)
+    run = run_scan if loop is Loop.SCAN else run_plain
+    if d.lengths is not None:
+        return run_masked(d, lambda filled: run(filled, prepare, options.keep))
+    return run(d, prepare, options.keep)
 
 
 def _rows(states: Tensor) -> Sequence[Tensor]:
