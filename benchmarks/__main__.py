@@ -25,7 +25,7 @@ from benchmarks.cases import GROUPS, Case, Group, parse_shapes, quick_groups
 from benchmarks.contenders import PEERS
 from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
-from manual_lstm.check.command import positive_number, run_command
+from manual_lstm.check.command import STATUSES, positive_number, run_command
 
 EPILOG = """\
 python -m benchmarks                        everything, which takes a while
@@ -184,7 +184,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time and memory of ManualLSTM, of nn.LSTM and of other open LSTMs.",
+        description="Time and memory of ManualLSTM, of nn.LSTM and of other open LSTMs. "
+        f"Status 0 if all is printed, 1 if something is missed or wrong, {STATUSES}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -258,7 +259,8 @@ def _command(
     about: str,
 ) -> argparse.ArgumentParser:
     """Add a command with the options that all commands have."""
-    command = commands.add_parser(name, help=about, description=about)
+    description = f"{about}. Status 0 if all is printed, 1 if something is missed or wrong, {STATUSES}"
+    command = commands.add_parser(name, help=about, description=description)
     command.set_defaults(run=run)
     command.add_argument(
         "--threads", type=positive_number, default=torch.get_num_threads(), metavar="N"

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from manual_lstm.check.command import Progress, choose_rows, run_command
+from manual_lstm.check.command import STATUSES, Progress, choose_rows, run_command
 from manual_lstm.check.files import check_file, print_line
 from manual_lstm.check.parity import print_comparison
 
@@ -14,7 +14,8 @@ from manual_lstm.check.parity import print_comparison
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm",
-        description="Compare ManualLSTM with nn.LSTM, option by option. Status 0 if all agrees.",
+        description="Compare ManualLSTM with nn.LSTM, option by option. "
+        f"Status 0 if all agrees, 1 if not, {STATUSES}",
     )
     commands = parser.add_subparsers(dest="command")
     check = commands.add_parser(
@@ -22,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare them on the LSTMs of a checkpoint",
         description="Find every LSTM in a checkpoint by its weights and run both layers with them. "
         "Nothing of the file is run: foreign objects are passed over. Status 0 if all agree in "
-        "float64, 1 if one differs, or a file cannot be read or has no LSTM, 2 for wrong usage.",
+        f"float64, 1 if one differs, or a file cannot be read or has no LSTM, {STATUSES}",
     )
     check.add_argument(
         "file", nargs="+", help="saved by torch.save or pickle, .safetensors, .npz, .npy"
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="try what else PyTorch offers on both: vmap, compile, export, ...",
         description="Try the rest of PyTorch on nn.LSTM and ManualLSTM, and print what each raises. "
-        "Takes minutes. Status 0 if ManualLSTM does all that can be tried here.",
+        f"Takes minutes. Status 0 if ManualLSTM does all that can be tried here, 1 if not, {STATUSES}",
     )
     report.add_argument(
         "row", nargs="*", help="only these rows: their names, or parts of them (default: all)"
@@ -81,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
                     progress(number, count, path)
         progress.end()
         if arguments.json:
-            print(json.dumps(found, indent=1, default=str))
+            print(json.dumps(found, indent=1, default=str, allow_nan=False))
         return 1 if any(line["status"] in ("error", "differs") for line in found) else 0
     if arguments.command == "report":
+        progress = Progress()
+        progress.say("report", "imports")
         # Imported here because it imports compilers, distributed training and more.
         from manual_lstm.report.table import ROWS, print_report
 
+        progress.end()
         labels = [row.label for row in ROWS]
         if arguments.list:
             print("\n".join(labels))

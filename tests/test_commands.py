@@ -111,6 +111,16 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         progress(3, 47, "proj_size")
         assert ("row 3 of 47, 0 s: proj_size" in stream.getvalue()) == stream.isatty()
         progress.end()
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress("file")
+    progress(1, 1, "new\nline\x1b[31m.pt")
+    time.sleep(1.3)  # the seconds are shown anew
+    progress.end()
+    shown = terminal.getvalue()
+    assert "\n" not in shown
+    assert "\x1b[31m" not in shown
+    assert "file 1 of 1, 1 s: new" in shown
     seen: list[tuple[int, int, str]] = []
     rows = ["float64", "hx"]
     check_lstm(nn.LSTM, max_examples=1, rows=rows, progress=lambda *row: seen.append(row))
@@ -190,6 +200,17 @@ def test_another_program_keeps_its_handler(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-m", "benchmarks"]
     subprocess.run(words, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "shown"),
+    [(">&-", 0, ""), ("2>&-", 0, ""), (">/dev/full", 1, "[Errno 28] No space left on device\n")],
+)
+def test_closed_and_full_streams(redirected: str, status: int, shown: str, tmp_path: Path) -> None:
+    torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "model.pt")
+    command = f"{sys.executable} -m manual_lstm check {tmp_path / 'model.pt'} {redirected}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, shown)
 
 
 def test_a_command_that_nobody_reads_shows_no_traceback() -> None:

@@ -344,15 +344,35 @@ class _Raises(nn.LSTM):
         raise RuntimeError("no")
 
 
-def test_one_mistake_is_one_failure() -> None:
-    report = check_lstm(_Off, max_examples=2, rows={"float64", "bias", "hx", "packed", "no steps"})
-    assert [outcome.status for outcome in report.outcomes] == [FAILS, *[FOLDED] * 3, AS_OFFICIAL]
+class _NoStates(nn.LSTM):
+    def forward(self, *args: Any) -> Any:
+        return super().forward(*args)[0]
+
+
+ROWS_OF_ONE_MISTAKE = ["bias", "hx", "packed", "one step", "gradients, one by one", "double backward"]
+
+
+@pytest.mark.parametrize("cls", [_Off, _NoStates, _Raises])
+def test_one_mistake_is_one_failure(cls: type[nn.Module]) -> None:
+    report = check_lstm(cls, max_examples=2, rows=["float64", "no steps", *ROWS_OF_ONE_MISTAKE])
+    status = {outcome.name: outcome.status for outcome in report.outcomes}
+    assert status.pop("float64") == FAILS
+    # A class that always raises does not do there as nn.LSTM.
+    assert status.pop("no steps") == (FOLDED if cls is _Raises else AS_OFFICIAL)
+    assert status == dict.fromkeys(ROWS_OF_ONE_MISTAKE, FOLDED)
     assert not report.passed
 
 
-def test_a_class_that_always_raises_does_not_do_as_nn_lstm() -> None:
-    report = check_lstm(_Raises, max_examples=2, rows={"float64", "bias", "no steps"})
-    assert [outcome.status for outcome in report.outcomes] == [FAILS, FOLDED, FOLDED]
+def test_another_mistake_is_another_failure() -> None:
+    class Both(_Off):
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            return {f"x.{name}": value for name, value in super().state_dict(*args, **options).items()}
+
+    def load(layer: nn.Module, reference: nn.LSTM) -> None:
+        layer.load_state_dict(reference.state_dict())
+
+    report = check_lstm(Both, load=load, max_examples=2, rows=["float64", "bias", "state_dict"])
+    assert [outcome.status for outcome in report.outcomes] == [FAILS, FOLDED, FAILS]
 
 
 # Declarations.

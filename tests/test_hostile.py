@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from manual_lstm.__main__ import main
-from manual_lstm.check.checkpoint import CheckpointError, load_checkpoint
+from manual_lstm.check.loading import CheckpointError, load_checkpoint
 from manual_lstm.check.stand_ins import StandIn
 from tests.helpers.search import SEARCH
 

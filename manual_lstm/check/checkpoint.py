@@ -4,23 +4,21 @@ Checkpoints are not trusted. Only tensors and plain containers are unpickled; fo
 is a stand-in, which does nothing.
 """
 
-import importlib
 import re
 import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from manual_lstm.check.derived import with_derived
-from manual_lstm.check.formats import describe_format
+from manual_lstm.check.loading import CheckpointError
 from manual_lstm.check.parity import compare_layers, forward_and_backward, largest_difference
-from manual_lstm.check.stand_ins import StandIn, as_tensor, load_with_stand_ins, pickle_protocol
+from manual_lstm.check.rebuilt import MOST_REPEATED, as_tensor
+from manual_lstm.check.stand_ins import StandIn
 from manual_lstm.module import ManualLSTM
 
 _WEIGHT = re.compile(
@@ -28,6 +26,9 @@ _WEIGHT = re.compile(
 )
 _CELL_WEIGHT = re.compile(r"(.*\.)?(weight_ih|weight_hh|bias_ih|bias_hh)", re.DOTALL)
 _OWN = re.compile(r"(.*\.)?(\w+_l\d+(?:_reverse)?)", re.DOTALL)  # of a changed cell
+_QUANTIZED = re.compile(r"(.*\.)?(_all_weight_values|_packed_weight_ih)\..*", re.DOTALL)
+_LONGEST_PATH = 1000  # of characters: paths in a deep container would fill the memory
+_PYTHONS_OWN = ("builtins.", "__builtin__.", "collections.", "torch.Size", "torch.device")
 _FLOATING = {
     torch.float64,
     torch.float32,
@@ -36,10 +37,6 @@ _FLOATING = {
     torch.complex64,
     torch.complex128,
 }
-
-
-class CheckpointError(Exception):
-    """A file cannot be read, or an LSTM in it is incomplete. The message is one line."""
 
 
 @dataclass
@@ -65,79 +62,6 @@ class FoundLSTM:
         return call if dtype == torch.float32 else f"{call[:-1]}, dtype={dtype})"
 
 
-def load_checkpoint(path: str | Path) -> object:
-    """Load a file saved by torch.save, a pickle, or a .safetensors, .npz or .npy file, onto the CPU.
-
-    Objects of other packages are :class:`manual_lstm.check.stand_ins.StandIn`.
-
-    Raises:
-        CheckpointError: the file cannot be read; the message says what it is, or why.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise CheckpointError(error.strerror or str(error).splitlines()[0]) from None
-    try:
-        if path.suffix == ".safetensors" or (head[8:10] == b'{"' and head[:1] != b"\x80"):
-            return _load_safetensors(path)
-        if head.startswith(b"\x93NUMPY") or path.suffix == ".npz":
-            return _load_numpy(path)
-        what = describe_format(path)
-        if what is not None:
-            raise CheckpointError(what)
-        return load_with_stand_ins(path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a broken or hostile file may make the readers raise anything
-        raise CheckpointError(_reason(path, error)) from None
-
-
-def _load_numpy(path: Path) -> object:
-    try:
-        numpy = importlib.import_module("numpy")
-    except ModuleNotFoundError:
-        raise CheckpointError("reading .npz and .npy files needs: pip install numpy") from None
-    loaded = numpy.load(path, allow_pickle=False)
-    arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
-    return {
-        name: torch.from_numpy(array.copy())
-        for name, array in arrays.items()
-        if array.dtype.kind in "fciub" and array.dtype.isnative
-    }
-
-
-def _load_safetensors(path: Path) -> object:
-    try:
-        reader = importlib.import_module("safetensors.torch")
-    except ModuleNotFoundError:
-        raise CheckpointError("reading .safetensors files needs: pip install safetensors") from None
-    return reader.load_file(path, device="cpu")
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Say in one line why the file was not read."""
-    refused = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-    if refused:
-        return f"is not loaded, because it refers to {refused[1]}, which can run programs"
-    if "persistent_load" in str(error):
-        return (
-            "holds a whole module in the old format of torch.save, which is not read: load it with its "
-            "package, and save its state_dict()"
-        )
-    protocol = pickle_protocol(path)
-    zipped = zipfile.is_zipfile(path)
-    if zipped and "protocol" in str(error):
-        return "is a torch.save of another pickle protocol than 2, which is not read: save it again"
-    if zipped or protocol is not None:
-        return (
-            f"is damaged, or a pickle that is not read from an untrusted file "
-            f"({type(error).__name__}): save the model's state_dict() with torch.save"
-        )
-    return "is not a checkpoint of a known format, or is damaged: save a state_dict() with torch.save"
-
-
 class OtherLayer(CheckpointError):
     """A layer that is no LSTM, or one that cannot be compared. It is named, and no failure."""
 
@@ -155,8 +79,13 @@ def find_lstms(
         checkpoint: what was loaded.
         foreign: receives the names of the objects of other packages, and how many there are of each.
     """
-    tensors = dict(_tensors(checkpoint, Counter() if foreign is None else foreign))
-    quantized = [path for path in tensors if "_all_weight_values" in path]
+    foreign = Counter() if foreign is None else foreign
+    tensors = dict(_tensors(checkpoint, foreign))
+    quantized = {
+        (match[1] or "")[:-1]: "cell" if match[2] == "_packed_weight_ih" else "recurrent layer"
+        for match in map(_QUANTIZED.fullmatch, tensors)
+        if match
+    }
     tensors, how = with_derived(tensors)
     groups: dict[str, dict[str, Tensor]] = {}
     beside: dict[str, list[str]] = {}
@@ -171,16 +100,25 @@ def find_lstms(
             if own := _OWN.fullmatch(path):
                 beside.setdefault((own[1] or "")[:-1], []).append(own[2])
             continue
+        if name in quantized:
+            continue
         groups.setdefault(name, {})[kind] = tensor
         if path in how:
             computed.setdefault(name, []).append(how[path])
+    not_made: dict[str, str] = {}
+    for path, made in how.items():
+        match = _WEIGHT.fullmatch(path)
+        if match and path not in tensors:
+            not_made.setdefault((match[1] or "")[:-1], f"{match[2]} is {made}")
     lstms: list[FoundLSTM | CheckpointError] = []
     for name, weights in groups.items():
         try:
+            if name in not_made:
+                raise CheckpointError(f"{_layer(name)}: {not_made[name]}")
             kind = _kind(weights)
             is_cell = f"{name}.weight_ih".lstrip(".") in tensors
             if kind != "LSTM":
-                raise OtherLayer(f"'{name}' is a {kind}{'Cell' * is_cell}, which is not compared")
+                raise OtherLayer(f"{_layer(name)} is a {kind}{'Cell' * is_cell}, which is not compared")
             notes = [f"an {kind}Cell, as one layer"] if is_cell else []
             notes += computed.get(name, [])
             if name in beside:
@@ -188,15 +126,22 @@ def find_lstms(
             lstms.append(FoundLSTM(name, weights, _infer_options(name, weights), tuple(notes)))
         except CheckpointError as error:
             lstms.append(error)
-        except Exception as error:  # a hostile file's tensors may raise anything at any use
-            lstms.append(CheckpointError(f"LSTM '{name}': cannot be read ({type(error).__name__})"))
-    for path, kind in how.items():
-        match = _WEIGHT.fullmatch(path)
-        if match and path not in tensors and (match[1] or "")[:-1] not in groups:
-            lstms.append(CheckpointError(f"LSTM '{(match[1] or '')[:-1]}': {match[2]} is {kind}"))
-    if quantized or (foreign and any("quantized" in name for name in foreign)):
-        lstms.append(OtherLayer("there is a quantized layer: to compare it, save the model before"))
-    return lstms
+        except Exception:  # a hostile file's tensors may raise anything at any use
+            lstms.append(CheckpointError(f"{_layer(name)}: its weights cannot be read"))
+    lstms += [
+        CheckpointError(f"{_layer(name)}: {what}")
+        for name, what in not_made.items()
+        if name not in groups
+    ]
+    return lstms + [
+        OtherLayer(f"{_layer(name)} is a quantized {kind}: to compare it, save the model before")
+        for name, kind in quantized.items()
+    ]
+
+
+def _layer(name: str) -> str:
+    """How a message calls a layer."""
+    return f"'{name}'" if name else "the layer"
 
 
 def _tensors(checkpoint: object, foreign: Counter[str]) -> Iterator[tuple[str, Tensor]]:
@@ -208,27 +153,41 @@ def _tensors(checkpoint: object, foreign: Counter[str]) -> Iterator[tuple[str, T
     waiting: list[tuple[str, object]] = [("", checkpoint)]
     while waiting:
         path, value = waiting.pop()
-        items: list[tuple[str, object]]
+        items: Iterable[tuple[object, object]]
         if isinstance(value, Tensor):
             yield path, value
             continue
         if id(value) in seen:
             continue
         if isinstance(value, Mapping):
-            items = [(str(key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            items = [(str(k), item) for k, item in enumerate(value)]
+            items = value.items()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            items = enumerate(value)
         elif isinstance(value, StandIn):
             tensor = as_tensor(value)
             if tensor is not None:
                 yield path, tensor
                 continue
-            foreign[value.name] += 1
-            items = list(value.children())
+            if not value.name.startswith(_PYTHONS_OWN):
+                foreign[value.name] += 1
+            items = value.children()
         else:
             continue
         seen.add(id(value))
-        waiting += [(".".join(filter(None, (path, key))), item) for key, item in reversed(items)]
+        waiting += reversed(list(_with_paths(path, items)))
+
+
+def _with_paths(path: str, items: Iterable[tuple[object, object]]) -> Iterator[tuple[str, object]]:
+    """Name the items of a container; a key that is there again, as another type, is told apart."""
+    if len(path) > _LONGEST_PATH:
+        path = f"{path[: _LONGEST_PATH // 2]}...{path[-_LONGEST_PATH // 2 :]}"
+    keys: Counter[str] = Counter()
+    for key, item in items:
+        if isinstance(item, (Tensor, Mapping, list, tuple, set, frozenset, StandIn)):
+            name = str(key)[-_LONGEST_PATH:]
+            keys[name] += 1
+            name = name if keys[name] == 1 else f"{name} ({keys[name]})"
+            yield ".".join(filter(None, (path, name))), item
 
 
 def _kind(weights: dict[str, Tensor]) -> str:
@@ -254,6 +213,12 @@ def _infer_options(name: str, weights: dict[str, Tensor]) -> dict[str, int | boo
     for key, tensor in weights.items():
         if tensor.is_meta:
             raise CheckpointError(f"{where}: {key} is a meta tensor: it was saved without its values")
+        if tensor.layout == torch.strided and tensor.numel() > MOST_REPEATED:
+            held = tensor.untyped_storage().nbytes() // tensor.element_size()
+            if tensor.numel() > held:
+                raise CheckpointError(
+                    f"{where}: {key} has {tensor.numel()} numbers, of which the file holds {held}"
+                )
         if tensor.dtype != dtype or dtype not in _FLOATING or tensor.layout != torch.strided:
             expected = "dense, floating-point or complex" if key == "weight_ih_l0" else f"dense {dtype}"
             raise CheckpointError(
@@ -316,9 +281,10 @@ def compare_with_official(lstm: FoundLSTM) -> Comparison:
         return _compare_with_official(lstm)
     except CheckpointError:
         raise
-    except Exception as error:  # such as a lack of memory
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"LSTM '{lstm.name}' could not be run: {reason}") from None
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = "not enough memory" if "allocate" in lines[0] else lines[0]
+        raise CheckpointError(f"{_layer(lstm.name)} could not be run: {reason}") from None
 
 
 def _compare_with_official(lstm: FoundLSTM) -> Comparison:
@@ -333,7 +299,7 @@ def _compare_with_official(lstm: FoundLSTM) -> Comparison:
     reference.load_state_dict(layer.state_dict())
     for key, weight in lstm.weights.items():
         if any(largest_difference(weight, each.state_dict()[key]) for each in (reference, layer)):
-            raise CheckpointError(f"LSTM '{lstm.name}': {key} changed on its way through state_dict")
+            raise CheckpointError(f"{_layer(lstm.name)}: {key} changed on its way through state_dict")
 
     input = torch.randn(8, 3, reference.input_size, dtype=wide).to(dtype)  # [T, B, I]
     with warnings.catch_warnings():

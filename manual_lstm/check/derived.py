@@ -1,5 +1,6 @@
 """Weights that a file keeps as what they are computed from: weight_norm, spectral_norm, pruning."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -47,19 +48,37 @@ def _compute(values: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
     names = set(values)
     try:
         for g, v in (("g", "v"), ("original0", "original1")):
-            if names == {g, v}:
+            if names == {g, v} and _is_norm(values[g], values[v]):
                 return "weight_norm", _weight_norm(values[g], values[v])
         if names == {"orig", "mask"}:
             return "pruning", values["orig"] * values["mask"].to(values["orig"].dtype)
         for weight, u, v in (("orig", "u", "v"), ("original", "0._u", "0._v")):
             if names == {weight, u, v}:
-                matrix = values[weight]
-                return "spectral_norm", matrix / torch.dot(values[u], torch.mv(matrix, values[v]))
+                return "spectral_norm", _spectral_norm(values[weight], values[u], values[v])
         if names == {"orig", "u"}:
             return "spectral_norm", None
     except RuntimeError:  # misshapen parts
         pass
-    return "a parametrization that is not known, made", None
+    return "made by a parametrization that is not known,", None
+
+
+def _is_norm(g: Tensor, v: Tensor) -> bool:
+    """Whether g may be the norm of v: in all dimensions but one, or in all, it has one element.
+
+    The two of a vector may be anything.
+    """
+    kept = [size for size, of_v in zip(g.shape, v.shape) if size == of_v != 1]
+    return g.dim() == 0 or (g.dim() == v.dim() > 1 and math.prod(g.shape) == math.prod(kept[:1]))
+
+
+def _spectral_norm(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The weight over its largest singular value; u and v are the vectors of that, as torch keeps them.
+
+    Its argument ``dim`` decides which of the two belongs to the rows. A square matrix does not tell:
+    there the larger value is that of the vectors as they belong.
+    """
+    fitting = [m for m in (weight, weight.t()) if m.shape == (u.numel(), v.numel())]
+    return weight / torch.stack([torch.dot(u, torch.mv(m, v)) for m in fitting]).max()
 
 
 def _weight_norm(g: Tensor, v: Tensor) -> Tensor:

@@ -1,18 +1,15 @@
 """What ``check`` finds in a file: one line for each layer, for people or as JSON."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from manual_lstm.check.checkpoint import (
-    CheckpointError,
-    FoundLSTM,
-    OtherLayer,
-    compare_with_official,
-    find_lstms,
-    load_checkpoint,
-)
+from manual_lstm.check.checkpoint import FoundLSTM, OtherLayer, compare_with_official, find_lstms
+from manual_lstm.check.command import printable
+from manual_lstm.check.loading import CheckpointError, load_checkpoint
+from manual_lstm.check.rebuilt import OutsideStorage
 
 # From here on, a difference in the checkpoint's dtype is shown beside nn.LSTM's own.
 _LARGE = 1e-5
@@ -27,7 +24,7 @@ def check_file(path: str) -> Iterator[Line]:
         For each layer a dict: ``file``, ``status`` ("ok", "differs", "error", "not compared" or
         "passed over") and ``message``; of an LSTM also ``name``, ``layer``, ``difference``,
         ``own_difference`` (nn.LSTM's own, from float64), ``difference_in_float64``, ``tolerance`` and
-        ``notes``.
+        ``notes``. A difference that is no finite number is ``None``: JSON has none.
     """
     foreign: Counter[str] = Counter()
     lstms: list[FoundLSTM | CheckpointError]
@@ -40,8 +37,10 @@ def check_file(path: str) -> Iterator[Line]:
             )
     except CheckpointError as error:
         lstms, foreign = [error], Counter()
-    except Exception as error:  # the containers of a hostile file may raise anything
-        lstms = [CheckpointError(f"cannot be read ({type(error).__name__})")]
+    except OutsideStorage:
+        lstms = [CheckpointError("has a tensor with numbers that are not in it")]
+    except Exception:  # the containers of a hostile file may raise anything
+        lstms = [CheckpointError("holds objects that cannot be looked through")]
     for lstm in lstms:
         yield {"file": path, **_line(lstm)}
     if foreign:
@@ -67,14 +66,18 @@ def _line(lstm: FoundLSTM | CheckpointError) -> Line:
         "name": lstm.name,
         "status": "ok" if within else "differs",
         "layer": str(lstm),
-        "difference": gap,
-        "own_difference": own_gap,
-        "difference_in_float64": wide_gap,
+        "difference": _number(gap),
+        "own_difference": _number(own_gap),
+        "difference_in_float64": _number(wide_gap),
         "tolerance": tolerance,
         "notes": notes,
         "message": f"{lstm.name or '(top level)'}: {lstm}  largest difference {gap:.1e}{own}, "
         f"in float64 {wide_gap:.1e}  {'ok' if within else 'DIFFERS'} (at most {tolerance:.0e}){shown}",
     }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _passed_over(foreign: Counter[str]) -> str:
@@ -95,11 +98,7 @@ def print_line(line: Line, named: bool) -> None:
     """
     failed = line["status"] == "error"
     prefix = f"{line['file']}: " if named or failed else ""
-    print(_printable(prefix + line["message"]), file=sys.stderr if failed else sys.stdout)
-
-
-def _printable(text: str) -> str:
-    """Put text from a file on one line, with the characters escaped that could control a terminal."""
-    escaped = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    stream = sys.stderr if failed else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    text = printable(prefix + line["message"]).encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream)

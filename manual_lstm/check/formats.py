@@ -1,7 +1,9 @@
 """What kind of file it is, read off its first bytes, and what its owner can do with it."""
 
 import zipfile
-from pathlib import Path
+from typing import IO
+
+from manual_lstm.check.pickles import pickle_protocol
 
 _SAVE = "load it with the package that made it, and save the model's state_dict() with torch.save"
 _HEADS = {
@@ -22,26 +24,34 @@ _ENDINGS = {
     ".h5": f"is a Keras file: {_SAVE}",
     ".index": f"is a part of a TensorFlow checkpoint: {_SAVE}",
     ".msgpack": f"is a Flax checkpoint: {_SAVE}",
+    ".distcp": "is a part of a distributed checkpoint: join its parts with dcp_to_torch_save of "
+    "torch.distributed.checkpoint.format_utils",
 }
 
 
-def describe_format(path: Path) -> str | None:
+def describe_format(file: IO[bytes], ending: str) -> str | None:
     """Say in one line what a file is that holds no checkpoint of torch; ``None`` if it is not known.
 
     Args:
-        path: the file.
+        file: the file, at its beginning.
+        ending: that of its name, such as ``".onnx"``, in lower case.
     """
-    with path.open("rb") as file:
-        head = file.read(1024)
+    head = file.read(1024)
+    file.seek(0)
     if not head:
         return "is empty"
     for start, what in _HEADS.items():
         if head.startswith(start):
             return what
-    if zipfile.is_zipfile(path):
-        return _of_zip(path)
-    if path.suffix.lower() in _ENDINGS:
-        return _ENDINGS[path.suffix.lower()]
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it first"
+    if zipfile.is_zipfile(file):
+        return _of_zip(file)
+    file.seek(0)
+    if pickle_protocol(file) is not None:
+        return None
+    if ending in _ENDINGS:
+        return _ENDINGS[ending]
     if b"onnx" in head[:64] or b"pytorch" in head[:32]:
         return _ENDINGS[".onnx"]
     if head.startswith(b"version https://git-lfs"):
@@ -50,7 +60,7 @@ def describe_format(path: Path) -> str | None:
         return "is a page of HTML or XML, not a checkpoint: download the file itself"
     if _is_text(head):
         return "is text, not a checkpoint"
-    return None
+    return f"is not a checkpoint of a known format, or is damaged: {_SAVE}"
 
 
 def _is_text(head: bytes) -> bool:
@@ -63,9 +73,9 @@ def _is_text(head: bytes) -> bool:
     return len(text) > 1 and all(char.isprintable() or char in "\r\n\t" for char in text)
 
 
-def _of_zip(path: Path) -> str | None:
+def _of_zip(file: IO[bytes]) -> str | None:
     try:
-        names = zipfile.ZipFile(path).namelist()
+        names = zipfile.ZipFile(file).namelist()
     except Exception:  # a damaged archive may raise anything
         return None
     parts = {part for name in names for part in name.split("/")}
@@ -79,7 +89,7 @@ def _of_zip(path: Path) -> str | None:
         return "is a program of torch.export (.pt2): save the model's state_dict() instead"
     if ".data" in parts and "extern_modules" in parts:
         return "is an archive of torch.package, which holds code: save the model's state_dict() instead"
-    if "model.weights.h5" in parts or "config.json" in parts:
+    if "model.weights.h5" in parts or {"config.json", "metadata.json"} <= parts:
         return f"is a Keras archive: {_SAVE}"
     if any(name.endswith(".mlmodel") for name in names):
         return _ENDINGS[".mlmodel"]

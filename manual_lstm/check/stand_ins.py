@@ -1,236 +1,274 @@
 """Read files that hold objects of other packages, without those packages and without trusting the file.
 
 Every foreign name that a file refers to gets a stand-in: a class of ours that keeps what it is given,
-and does nothing. torch's own weights-only unpickler then loads the file. Nothing of the file is
-imported, called or instantiated.
+and does nothing. torch's own weights-only unpickler then loads the file. What that does not take (other
+protocols, subclasses of list and dict, plain pickles) Python's unpickler loads, for which every name is
+a stand-in. Nothing of the file is imported, called or instantiated.
 """
 
 import io
 import pickle
-import pickletools
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+
+from manual_lstm.check.pickles import Contents, is_legacy, look_through, pickle_protocol
 
 _MOST_NAMES = 10_000
-_DEEPEST = 1000  # of tuples in tuples: Python's hash of one goes as deep, and ends the process
-# In torch's pickles these are dicts, which are searched like any other.
+_MOST_NAMES_FOR_TORCH = 1000  # it looks through all of them at every name of the file
+_MOST_EXPANSION = 20  # of a compressed archive; torch does not compress
+# These are dicts, which are searched like any other.
 _DICTS = {"builtins.dict", "__builtin__.dict", "collections.defaultdict", "collections.OrderedDict"}
-_DTYPES = {
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-    "u1": torch.uint8,
-    "b1": torch.bool,
-    "c8": torch.complex64,
-    "c16": torch.complex128,
-}
+# Functions of Python that make an object of a class, which they are given.
+_MAKERS = {f"{module}.{name}" for module in ("copyreg", "copy_reg")
+           for name in ("_reconstructor", "__newobj__", "__newobj_ex__")}  # fmt: skip
 
 
 class StandIn:
-    """An object of another package: what it was made of, and the state that it was given."""
+    """An object of another package: what it was made of, and the state and items that it was given."""
 
     name = ""  # the foreign name
     arguments: tuple[Any, ...]
-    state: Any
+    state: list[Any]
+    items: list[Any]
 
-    def __new__(cls, *arguments: Any) -> "StandIn":
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "StandIn":
+        rest = list(arguments)
+        state: list[Any] = []
+        items: list[Any] = []
+        if cls.name in _MAKERS and rest and _is_stand_in(rest[0]):
+            cls = rest.pop(0)
+            content = rest.pop() if rest and isinstance(rest[-1], (list, dict)) else []
+            state, items = ([content], []) if isinstance(content, dict) else ([], content)
         stand_in = object.__new__(cls)
-        object.__setattr__(stand_in, "arguments", arguments)
-        object.__setattr__(stand_in, "state", [])
+        stand_in.arguments = (*rest, keywords) if keywords else tuple(rest)
+        stand_in.state, stand_in.items = state, items
         return stand_in
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         pass
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> "StandIn":
+        return type(self)(*arguments, **keywords)
 
     def __setstate__(self, state: Any) -> None:
         self.state.append(state)
 
     def append(self, item: Any) -> None:
-        self.state.append(item)
+        self.items.append(item)
 
     def extend(self, items: Any) -> None:
-        self.state.extend(items)
+        self.items.extend(items)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.state.append({key: value})
 
     def children(self) -> Iterator[tuple[str, Any]]:
         """What it holds, by name; the parts of a torch module by their names in it."""
-        for k, value in enumerate(self.arguments):
-            yield str(k), value
+        for k, item in enumerate(self.items):
+            yield str(k), item
         for state in self.state:
-            for part in state if isinstance(state, tuple) else (state,):
+            for k, part in enumerate(state if isinstance(state, tuple) else (state,)):
                 if not isinstance(part, dict):
-                    yield "", part
+                    if isinstance(part, list) and self.name.endswith("multiarray._reconstruct"):
+                        yield "", part[0] if state[1] == () and part else part  # an array of objects
+                    else:
+                        yield str(k), part
                     continue
                 for key, value in part.items():
                     is_part = key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict)
                     yield from value.items() if is_part else ((str(key), value),)
+        for k, value in enumerate(self.arguments):
+            yield str(k), value
+
+
+class _Dict(dict[Any, Any]):
+    """The stand-in of a class of dicts."""
+
+    def __init__(self, *arguments: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, Mapping):
+                self.update(argument)
+            elif isinstance(argument, list):
+                self.update(dict(pair for pair in argument if len(pair) == 2))
+
+    def __setstate__(self, state: Any) -> None:
+        """What an OrderedDict has beside its items: a module's version numbers."""
 
 
 class _PlainDict:
-    """The stand-in of a class of dicts: an empty dict."""
+    """The same for torch's unpickler, which fills dicts alone: an empty dict."""
 
     def __new__(cls, *arguments: Any) -> Any:
         return {}
 
 
-def _stand_in(name: str) -> type:
-    if name in _DICTS:
-        return type("Dict", (_PlainDict,), {})
-    return type("StandIn", (StandIn,), {"name": name})
-
-
-def load_with_stand_ins(path: Path) -> object:
-    """Load a file of torch.save in either format, or a plain pickle.
-
-    Raises:
-        What torch.load and pickle raise for a file that they cannot read, or refuse to.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-        names = {name for data in pickles for name in _names_in(io.BytesIO(data))}
-    elif _is_legacy(path):
-        with path.open(
-            "rb"
-        ) as file:  # pickles of the magic number, the protocol, the machine, the object
-            names = {name for _ in range(4) for name in _names_in(file)}
-    else:
-        data = io.BytesIO(path.read_bytes())
-        _names_in(data)
-        data.seek(0)
-        return _Unpickler(data).load()
-    if len(names) > _MOST_NAMES:
-        raise pickle.UnpicklingError(f"{len(names)} foreign names")
-    # Of the names that torch admits by itself it takes its own.
-    admitted: Any = [(_stand_in(name), name) for name in sorted(names)]
-    with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _is_legacy(path: Path) -> bool:
-    """Whether a file begins with the pickle that torch.save's old format begins with."""
-    if pickle_protocol(path) is None:
-        raise pickle.UnpicklingError("this is no pickle")
-    with path.open("rb") as file:
-        opcodes = pickletools.genops(file)
-        first = next(
-            argument for opcode, argument, _ in opcodes if opcode.name not in ("PROTO", "FRAME")
-        )
-    return bool(first == torch.serialization.MAGIC_NUMBER)
-
-
-def pickle_protocol(path: Path) -> int | None:
-    """The protocol of the pickle that a file begins with, ``None`` if it begins with none."""
-    with path.open("rb") as file:
-        head = file.read(2)
-    if len(head) == 2 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
-        return head[1]
-    return 0 if head[:1] in (b"(", b"}", b"]", b"c") else None
-
-
-def _names_in(file: IO[bytes]) -> set[str]:
-    """Look through one pickle before it is read.
-
-    Returns:
-        The names that it refers to in protocols up to 2.
-
-    Raises:
-        ValueError: it is no pickle.
-        pickle.UnpicklingError: tuples nest deeper than Python can hash, or it refers to what is not in
-            the file.
-    """
-    names = set()
-    stack: list[int] = []  # how deep tuples nest in each object on the pickle's stack; -1 is a mark
-    memo: dict[Any, int] = {}
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        name = opcode.name
-        if name == "GLOBAL":
-            names.add(_name_in_python_3(*str(argument).split(" ", 1)))
-        elif name.startswith("EXT"):  # the registry of this process, not the file, names these
-            raise pickle.UnpicklingError("the opcode EXT")
-        if name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo.get(argument, 0))
-            continue
-        if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            if int(argument or 0) > count:
-                raise pickle.UnpicklingError("a memo beyond the end")
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1] if stack else 0
-            continue
-        if name == "DUP":
-            stack += stack[-1:]
-            continue
-        depth = 0
-        if pickletools.stackslice in opcode.stack_before or name in ("POP_MARK", "STOP"):
-            while stack and (top := stack.pop()) >= 0:
-                depth = max(depth, top)
-            rest = opcode.stack_before.index(pickletools.markobject) if name != "STOP" else 0
-        else:
-            rest = len(opcode.stack_before)
-        for _ in range(rest if rest <= len(stack) else len(stack)):
-            depth = max(depth, stack.pop())
-        if "TUPLE" in name or name == "FROZENSET":
-            depth += 1
-            if depth > _DEEPEST:
-                raise pickle.UnpicklingError(f"tuples nested deeper than {_DEEPEST}")
-        stack += [-1 if name == "MARK" else depth] * len(opcode.stack_after)
-    return names
-
-
-def _name_in_python_3(module: str, name: str) -> str:
-    module, name = NAME_MAPPING.get((module, name), (module, name))
-    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a plain pickle; all names are stand-ins, and there are no persistent ids."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in ("_codecs.encode", "builtins.bytes"):
-            return type("Bytes", (_Bytes,), {})
-        return _stand_in(f"{module}.{name}")
-
-
 class _Bytes:
-    """The stand-in of the function that makes bytes of text in pickles of protocol 2."""
+    """The stand-in of the functions that make bytes of text in pickles of protocol 2."""
 
     def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
         return text.encode("latin1") if isinstance(text, str) else b""
 
 
-def as_tensor(stand_in: StandIn) -> Tensor | None:
-    """The tensor of a pickled array or number of numpy, ``None`` for anything else."""
+class Storage:
+    """The numbers of tensors.
+
+    Args:
+        kind: the name of torch's class of storages, such as ``"FloatStorage"``.
+        data: their bytes.
+    """
+
+    def __init__(self, kind: str, data: bytearray) -> None:
+        self.kind, self.data = kind, data
+
+
+def _is_stand_in(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, StandIn)
+
+
+def _stand_in(name: str) -> type:
+    return type("StandIn", (StandIn,), {"name": name})
+
+
+def load_with_stand_ins(file: IO[bytes]) -> object:
+    """Load a file of torch.save in either format and any protocol, or a plain pickle.
+
+    Args:
+        file: one that can be searched, at its beginning.
+
+    Raises:
+        What torch.load and pickle raise for a file that they cannot read, or refuse to.
+    """
+    read: Callable[[], object]
+    is_zip = zipfile.is_zipfile(file)
+    file.seek(0)
+    if is_zip:
+        archive = zipfile.ZipFile(file)
+        _check_expansion(archive)
+        records = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        contents = [look_through(io.BytesIO(archive.read(name))) for name in records]
+        read = partial(_load_zip, archive, min(records, key=len))
+    elif pickle_protocol(file) is None:
+        raise pickle.UnpicklingError("this is no pickle")
+    elif is_legacy(file):
+        # Pickles of the magic number, the protocol, the machine, and the object.
+        contents = [look_through(file) for _ in range(4)]
+        read = partial(_load_legacy, file)
+    else:
+        look_through(file)
+        file.seek(0)
+        return _Unpickler(file).load()
+    file.seek(0)
     try:
-        if stand_in.name.endswith("multiarray._reconstruct"):
-            (_, shape, dtype, fortran, data) = stand_in.state[-1]
-        elif stand_in.name.endswith("multiarray.scalar"):
-            (dtype, data), shape, fortran = stand_in.arguments, (), False
-        elif stand_in.name.endswith("numeric._frombuffer"):
-            data, dtype, shape, order = stand_in.arguments
-            data, fortran = bytes(data), order == "F"
-        else:
-            return None
-        code = dtype.arguments[0]
-        order = dtype.state[-1][1] if dtype.state else "|"
-        code = code.decode() if isinstance(code, bytes) else code
-        if code not in _DTYPES or order in (">", b">") or not isinstance(data, bytes):
-            return None
-        values = torch.frombuffer(bytearray(data), dtype=_DTYPES[code])
-        if fortran:
-            return values.reshape(tuple(reversed(shape))).permute(*reversed(range(len(shape))))
-        return values.reshape(tuple(shape))
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-        return None
+        return _load_by_torch(file, contents)
+    except Exception:  # torch's unpickler takes less than Python's
+        file.seek(0)
+        return read()
+
+
+def _load_by_torch(file: IO[bytes], contents: Sequence[Contents]) -> object:
+    names = set().union(*(each.names for each in contents))
+    if not all(each.is_plain for each in contents) or len(names) > _MOST_NAMES_FOR_TORCH:
+        raise pickle.UnpicklingError("torch would take too long")
+    # Of the names that torch admits by itself it takes its own.
+    admitted: Any = [
+        (_PlainDict if name in _DICTS else _stand_in(name), name) for name in sorted(names)
+    ]
+    with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Python's unpickler; every name is a stand-in, and persistent ids name storages and classes."""
+
+    def __init__(self, file: IO[bytes], storages: "_Storages | None" = None) -> None:
+        super().__init__(file)
+        self._storages = storages
+        self._classes: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        name = f"{module}.{name}"
+        if name in ("_codecs.encode", "builtins.bytes"):
+            return type("Bytes", (_Bytes,), {})
+        if name in _DICTS:
+            return type("Dict", (_Dict,), {})
+        if name not in self._classes:
+            if len(self._classes) == _MOST_NAMES:
+                raise pickle.UnpicklingError("too many names")
+            self._classes[name] = _stand_in(name)
+        return self._classes[name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        words = [word.decode() if isinstance(word, bytes) else word for word in pid]
+        if self._storages is None or not isinstance(pid, tuple) or not _is_stand_in(words[1]):
+            raise pickle.UnpicklingError("a persistent id")
+        if words[0] == "module":  # a class, with the text of its file, which is passed over
+            return words[1]
+        kind: Any
+        word, kind, key, _, _, *view = words
+        if word != "storage" or not isinstance(key, str) or any(view):
+            raise pickle.UnpicklingError("a persistent id")
+        return self._storages(kind.name.rpartition(".")[2], key)
+
+
+def _check_expansion(archive: zipfile.ZipFile) -> None:
+    sizes = [(info.file_size, info.compress_size) for info in archive.infolist()]
+    if sum(size for size, _ in sizes) > 10**6 + _MOST_EXPANSION * sum(packed for _, packed in sizes):
+        raise pickle.UnpicklingError("an archive that expands too much")
+
+
+def _load_zip(archive: zipfile.ZipFile, record: str) -> object:
+    root, storages = record.removesuffix("data.pkl"), _Storages()
+    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") == b"big":
+        raise pickle.UnpicklingError("a file of a machine with another order of bytes")
+    with archive.open(record) as file:
+        value = _Unpickler(file, storages).load()
+    for key, data in storages.data.items():
+        data += archive.read(f"{root}data/{key}")
+    return value
+
+
+def _load_legacy(file: IO[bytes]) -> object:
+    storages = _Storages()
+    *_, value = [_Unpickler(file, storages).load() for _ in range(4)]
+    place = file.tell()
+    look_through(file)
+    file.seek(place)
+    for key in _Unpickler(file).load():  # the numbers follow in this order
+        numel = int.from_bytes(file.read(8), "little")
+        storages.data[key] += file.read(numel * storages.itemsizes[key])
+    return value
+
+
+class _Storages:
+    """The storages that a file refers to, by their keys; their bytes are read later."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytearray] = {}
+        self.itemsizes: dict[str, int] = {}
+
+    def __call__(self, kind: str, key: str) -> Storage:
+        self.itemsizes.setdefault(key, DTYPES[kind].itemsize)
+        return Storage(kind, self.data.setdefault(key, bytearray()))
+
+
+DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}

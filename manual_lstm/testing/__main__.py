@@ -6,12 +6,13 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from manual_lstm.check.command import Progress, positive_number, run_command
+from manual_lstm.check.command import STATUSES, Progress, positive_number, run_command
 from manual_lstm.module import ManualLSTM
 from manual_lstm.testing.conformance import Conformance, check_lstm
 from manual_lstm.testing.probes import PROBES
@@ -75,30 +76,33 @@ def side_by_side(reports: list[Conformance]) -> str:
 
 def _names(text: str) -> list[str]:
     """Rows, with commas between them."""
+    by_name = {row.lower(): row for row in PROBES}
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in PROBES:
+        if name.lower() not in by_name:
             raise argparse.ArgumentTypeError(
                 f"no row is named {name!r}; there are: {', '.join(PROBES)}"
             )
-    return names
+    return [by_name[name.lower()] for name in names]
 
 
 def _factory(text: str) -> Callable[..., nn.Module]:
     """The class, or the function that makes a layer, of a name such as ``package.module:Class``."""
     try:
         found = pkgutil.resolve_name(text)
-    except Exception as error:  # importing it runs code that may raise anything
+    except (Exception, SystemExit) as error:  # importing it runs code that may raise anything
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be found: {type(error).__name__}: {error}. "
             "A class is named as in mypackage.module:MyLSTM"
         ) from None
     if not callable(found) or (isinstance(found, type) and not issubclass(found, nn.Module)):
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
-        raise argparse.ArgumentTypeError(f"{text!r} should be a class of modules, but is {kind}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be a class of modules, but is {kind}{_classes_in(text, found)}"
+        )
     try:
         layer = found(3, 4)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} should take (input_size, hidden_size), but for (3, 4) it raised "
             f"{type(error).__name__}: {error}"
@@ -111,13 +115,27 @@ def _factory(text: str) -> Callable[..., nn.Module]:
     return factory
 
 
+def _classes_in(text: str, found: Any) -> str:
+    """The classes that may have been meant by the name of a module."""
+    classes = (
+        [
+            name
+            for name, value in vars(found).items()
+            if isinstance(value, type) and issubclass(value, nn.Module)
+        ]
+        if isinstance(found, ModuleType)
+        else []
+    )
+    return f"; in it are: {', '.join(f'{text}:{name}' for name in classes)}" if classes else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m manual_lstm.testing",
         description="Try on a class all that nn.LSTM does for its callers. By default on nn.LSTM, "
         "ManualLSTM, torch.ao's quantizable.LSTM, Opacus' DPLSTM and TorchRL's LSTM. "
-        "Status 0 if all is well, 1 if a row fails, 2 for wrong usage.",
+        f"Status 0 if all is well, 1 if a row fails, {STATUSES}",
     )
     parser.add_argument("name", nargs="?", type=_factory, help="the class, as package.module:Class")
     rows: dict[str, Any] = {"type": _names, "action": "extend", "metavar": "ROW,ROW"}
