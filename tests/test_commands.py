@@ -145,7 +145,10 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 def _interrupt(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Send Ctrl-C as a terminal does, to the children too; return the status, stdout and stderr."""
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that goes on would do so for an hour
     return process.returncode, out, err
 
 
