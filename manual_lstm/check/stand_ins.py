@@ -174,6 +174,8 @@ def _load_by_torch(file: IO[bytes], contents: Sequence[Contents]) -> object:
     names = set().union(*(each.names for each in contents))
     if not all(each.is_plain for each in contents) or len(names) > _MOST_NAMES_FOR_TORCH:
         raise pickle.UnpicklingError("torch would take too long")
+    if "_codecs.encode" in names:  # torch calls that, and it imports the codec that the file names
+        raise pickle.UnpicklingError("a codec")
     # Of the names that torch admits by itself it takes its own.
     admitted: Any = [
         (_PlainDict if name in _DICTS else _stand_in(name), name) for name in sorted(names)
