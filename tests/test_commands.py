@@ -162,7 +162,7 @@ def _start(*words: str, **options: Any) -> subprocess.Popen[str]:
 
 def test_an_interrupted_command_shows_no_traceback() -> None:
     running = _start("-m", "manual_lstm.testing", "--examples", "5000")
-    time.sleep(6)
+    time.sleep(4)
     assert _interrupt(running) == (130, "", "interrupted\n")
 
 

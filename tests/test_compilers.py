@@ -27,8 +27,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Inductor's sample in the quick run is a test of its own, below.
-SLOW_ROWS = {"torch.compile(fullgraph=True), forward and training"}
+# Inductor's sample in the quick run is a test of its own, below. A package takes half a minute.
+SLOW_ROWS = {
+    "torch.compile(fullgraph=True), forward and training",
+    "AOTInductor package with dynamic T and B",
+}
 
 
 @pytest.mark.parametrize(("row", "options", "packed"), row_grid(compilers.ROWS, OPTIONS, SLOW_ROWS))
