@@ -161,6 +161,7 @@ def _nested(depth: int) -> bytes:
 
 TAKES_LONG: dict[str, bytes] = {
     "tuples held twice": _nested(60),
+    "a large key": b"\x80\x02(" + b"K\x01" * 90_000 + b"tq\x00}" + b"h\x00K\x01s" * 90_000 + b".",
     "a long key": b"\x80\x02}X\x40\x0d\x03\x00" + b"a" * 200_000 + b"](" + b"}" * 5000 + b"es.",
     "deep dicts": b"\x80\x02" + b"}U\x01a" * 30_000 + b"K\x01" + b"s" * 30_000 + b".",
     "names": b"\x80\x02(" + b"".join(b"ca\nb%d\n" % k for k in range(9_999)) + b"l.",

@@ -8,6 +8,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 _DEEPEST = 1000  # of tuples in tuples: Python's hash of one goes as deep, and ends the process
+_MOST_HASHED = 100_000_000  # parts of keys; about a second
 _ATOM, _NAME, _ATOMS, _OTHER = range(
     4
 )  # what an object is: no container, a name, a tuple of atoms, ...
@@ -45,7 +46,7 @@ def look_through(file: IO[bytes]) -> Contents:
         pickle.UnpicklingError: tuples nest deeper, or hold more, than Python can hash, or it refers to
             what is not in the file.
     """
-    names, is_plain = set(), True
+    names, is_plain, hashed = set(), True, 0
     stack: list[_Object] = []
     memo: dict[Any, _Object] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -64,6 +65,10 @@ def look_through(file: IO[bytes]) -> Contents:
             stack += stack[-1:]
             continue
         parts = _take(stack, opcode)
+        if name in ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"):
+            hashed += sum(part.parts for part in parts)
+            if hashed > _MOST_HASHED:
+                raise pickle.UnpicklingError("keys that take too long to hash")
         if name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
             is_plain &= bool(parts) and parts[-1].kind == _NAME
         if name == "BINPERSID":
