@@ -222,6 +222,7 @@ def test_the_picture_has_every_row_and_contender(tmp_path: Path) -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(map(str, CASES[:2]))
 
 
+@pytest.mark.slow
 def test_first_calls(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "cold.json"
     assert main(["cold", "--rounds", "1", "--threads", "1", "--json", str(file)]) == 0

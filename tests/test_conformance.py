@@ -35,7 +35,7 @@ from tests.helpers.search import SEARCH
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-@pytest.mark.parametrize("check", lstm_checks(ManualLSTM), ids=str)
+@pytest.mark.parametrize("check", lstm_checks(ManualLSTM, max_examples=10), ids=str)
 def test_manual_lstm(check: Check) -> None:
     check()
 

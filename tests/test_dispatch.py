@@ -268,12 +268,15 @@ DENSE_ONLY: dict[str, tuple[set[str], Callable[[CalledLayer], Any]]] = {
 
 
 def _choices() -> Iterator[Any]:
-    """Contexts with each form of input and options; compilers see one layer in the slow run alone."""
+    """Contexts with each form of input and options.
+
+    Compilers see one layer in the slow run alone, and export both: its own tests are in the quick one.
+    """
     trials = [(name, CONTEXTS[name], packed) for packed in (False, True) for name in CONTEXTS]
     trials += [(name, DENSE_ONLY[name], False) for name in DENSE_ONLY]
     for name, context, packed in trials:
         for label, options in OPTIONS.items():
-            late = label == "one layer" and name.startswith(("compile", "export"))
+            late = name == "export" or (label == "one layer" and name.startswith("compile"))
             marks = [pytest.mark.slow] if late else []
             marks += [compiles_packing] if packed and name.startswith("compile") else []
             test_id = f"{name}{', packed' * packed}-{label}"

@@ -51,6 +51,7 @@ def _operators(setting: Setting, rank: int, folder: Path) -> dict[str, int]:
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
+@pytest.mark.slow
 def test_a_sharded_layer_takes_the_operator(tmp_path: Path) -> None:
     setting = Setting(ManualLSTM)
     try:
@@ -83,6 +84,7 @@ def _train_on_gates(setting: Setting, rank: int, folder: Path) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_unroll_of_a_sharded_layer_trains_on_gates_alone(tmp_path: Path) -> None:
     setting = Setting(ManualLSTM)
     try:

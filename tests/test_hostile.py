@@ -154,7 +154,7 @@ RAW: dict[str, bytes] = {
     "of an admitted one": b"\x80\x02ccollections\nOrderedDict.fromkeys\nX\x01\x00\x00\x00a\x85R.",
     "INST": b"(X\x0c\x00\x00\x00hostile_markios\nmkdir\n.",
     "OBJ": b"(cos\nmkdir\nX\x0c\x00\x00\x00hostile_marko.",
-    "nested": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "nested": b"\x80\x02" + b"]" * 30_000 + b"a" * 29_999 + b".",
     "a deep key": b"\x80\x02}K\x01" + b"\x85" * 2_000_000 + b"K\x02s.",
     "an empty stack": b"\x80\x02.",
 }

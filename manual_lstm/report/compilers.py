@@ -385,7 +385,7 @@ ROWS = [
     ),
     ReportRow("torch.compile, 1000 steps as large a graph as 10", check_graph_sizes, packed=True),
     ReportRow("torch.compile, autocast inside", check_autocast_inside, packed=True),
-    ReportRow("torch.compile of per-sample gradients", check_per_sample_gradients),
+    ReportRow("torch.compile of per-sample gradients", check_per_sample_gradients, slow=True),
     ReportRow("torch.export with dynamic T and B", check_export, packed=True, slow=True),
     ReportRow(
         "torch.onnx.export with dynamic T and B",

@@ -254,7 +254,9 @@ def check_eval_mode(setting: Setting) -> None:
 
 ROWS = [
     ReportRow("torch.func.grad, vjp, jacrev", check_reverse_mode, packed=True, dtypes=FLOATS),
-    ReportRow("torch.func.jvp, jacfwd, linearize", check_forward_mode, packed=True, dtypes=FLOATS),
+    ReportRow(
+        "torch.func.jvp, jacfwd, linearize", check_forward_mode, packed=True, dtypes=FLOATS, slow=True
+    ),
     # Without dropout, because the vmap inside hessian takes no randomness.
     ReportRow(
         "torch.func.hessian",
@@ -272,8 +274,10 @@ ROWS = [
         "reverse over reverse", check_second_order(_reverse_over_reverse), packed=True, dtypes=FLOATS
     ),
     ReportRow("torch.autograd.forward_ad", check_dual_numbers, packed=True, dtypes=FLOATS),
-    ReportRow("torch.autograd.functional", check_autograd_functional, packed=True, dtypes=FLOATS),
-    ReportRow("double backward (gradgradcheck)", check_double_backward, packed=True),
+    ReportRow(
+        "torch.autograd.functional", check_autograd_functional, packed=True, dtypes=FLOATS, slow=True
+    ),
+    ReportRow("double backward (gradgradcheck)", check_double_backward, packed=True, slow=True),
     ReportRow("triple backward", check_triple_backward, packed=True, dtypes=FLOATS),
     ReportRow("WGAN-GP step", check_wgan_gp, packed=True, dtypes=FLOATS),
     ReportRow("MAML inner loop", check_maml, packed=True, dtypes=FLOATS),

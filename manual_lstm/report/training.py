@@ -146,19 +146,25 @@ ROWS = [
     ReportRow("autocast to float16", check_autocast(torch.float16), packed=True, dtypes=FLOAT32),
     ReportRow("GradScaler, float16", check_grad_scaler, packed=True, dtypes=FLOAT32),
     ReportRow(
-        "activation checkpointing", check_saving(with_checkpoint(False)), packed=True, dtypes=FLOATS
+        "activation checkpointing",
+        check_saving(with_checkpoint(False)),
+        packed=True,
+        dtypes=FLOATS,
+        slow=True,
     ),
     ReportRow(
         "activation checkpointing, reentrant",
         check_saving(with_checkpoint(True)),
         packed=True,
         dtypes=FLOATS,
+        slow=True,
     ),
     ReportRow(
         "saved_tensors_hooks, to disk",
         check_saving(with_tensors_on_disk),
         packed=True,
         dtypes=FLOATS,
+        slow=True,
     ),
     ReportRow("save_on_cpu", check_save_on_cpu, packed=True, dtypes=FLOATS),
     ReportRow("use_deterministic_algorithms", check_deterministic, packed=True, dtypes=FLOATS),
