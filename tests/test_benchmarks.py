@@ -264,6 +264,7 @@ def test_deployed_in_every_form(tmp_path: Path, capsys: Capture) -> None:
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_memory_finds_what_is_allocated(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "memory.json"
     arguments = ["--shapes", "50,64,8,64", "--mode", "training", "--threads", "1"]

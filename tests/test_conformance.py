@@ -398,6 +398,7 @@ def test_what_is_lacking_is_shown_and_not_tried() -> None:
     assert stopped.type.__name__ == "SkipTest"
 
 
+@pytest.mark.slow
 def test_in_float32_alone() -> None:
     report = check_lstm(ManualLSTM, lacks={"float64"}, max_examples=2)
     report.raise_for_failures()

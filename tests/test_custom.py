@@ -19,7 +19,6 @@ from manual_lstm.testing import Case, cases
 from tests.helpers import equations
 from tests.helpers.changed import every_recipe, make_recipe, stir
 from tests.helpers.equations import Made, gradients, parts, run_case, split
-from tests.helpers.grids import quick_sample
 from tests.helpers.layers import DEEP, randn
 from tests.helpers.loops import runs_fused
 from tests.helpers.recipes import EQUATIONS, RECIPES
@@ -298,11 +297,8 @@ def test_jvp(name: str) -> None:
 # Compilers
 
 
-# Two that have parameters, dense and packed, and one that draws.
-COMPILED = [("VariationalLSTM", False)]
-
-
-@pytest.mark.parametrize(("name", "packed"), quick_sample(product(RECIPES, [False, True]), COMPILED))
+@pytest.mark.parametrize(("name", "packed"), list(product(RECIPES, [False, True])))
+@pytest.mark.slow
 def test_compile(name: str, packed: bool) -> None:
     torch.compiler.reset()
     layer = make_recipe(name, bidirectional=True, proj_size=3)

@@ -17,6 +17,7 @@ from manual_lstm.testing.cases import KEYWORDS
 from manual_lstm.testing.pieces import run_in_pieces
 from tests.helpers.layers import randn
 from tests.helpers.loops import loops_chosen, plainly
+from tests.helpers.search import share
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -39,6 +40,7 @@ def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+@share(0.5)  # nn.LSTM runs once for each piece
 @given(case=cases(beyond=KEYWORDS))
 def test_resets_equal_every_piece_alone(case: Case) -> None:
     reference, layer = case.pair(ManualLSTM)
