@@ -255,6 +255,7 @@ def _scans(run: Any) -> bool:
 
 
 @compiles_scan
+@pytest.mark.slow
 def test_which_loop_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make("Peephole")
     assert _scans(layer)

@@ -349,6 +349,7 @@ def test_jvp() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.slow
 def test_compile(packed: bool) -> None:
     torch.compiler.reset()
     layer = make_layer(bidirectional=True, proj_size=3)
