@@ -27,6 +27,7 @@ from benchmarks.timing import Effort
 from benchmarks.workload import DTYPES, MODES, Settings
 from manual_lstm.check.command import STATUSES, positive_number, run_command
 
+_STATUS = f"Status 0 if all is printed, 1 if something is missed or wrong, {STATUSES}"
 EPILOG = """\
 python -m benchmarks                        everything, which takes a while
 python -m benchmarks --quick --targets      the most telling shapes, two minutes
@@ -184,8 +185,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time and memory of ManualLSTM, of nn.LSTM and of other open LSTMs. "
-        f"Status 0 if all is printed, 1 if something is missed or wrong, {STATUSES}",
+        description="Time and memory of ManualLSTM, of nn.LSTM and of other open LSTMs. " + _STATUS,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -259,8 +259,7 @@ def _command(
     about: str,
 ) -> argparse.ArgumentParser:
     """Add a command with the options that all commands have."""
-    description = f"{about}. Status 0 if all is printed, 1 if something is missed or wrong, {STATUSES}"
-    command = commands.add_parser(name, help=about, description=description)
+    command = commands.add_parser(name, help=about, description=f"{about}. {_STATUS}")
     command.set_defaults(run=run)
     command.add_argument(
         "--threads", type=positive_number, default=torch.get_num_threads(), metavar="N"

@@ -3,7 +3,7 @@
 import zipfile
 from typing import IO
 
-from manual_lstm.check.pickles import pickle_protocol
+from manual_lstm.check.pickles import is_pickle
 
 _SAVE = "load it with the package that made it, and save the model's state_dict() with torch.save"
 _HEADS = {
@@ -48,7 +48,7 @@ def describe_format(file: IO[bytes], ending: str) -> str | None:
     if zipfile.is_zipfile(file):
         return _of_zip(file)
     file.seek(0)
-    if pickle_protocol(file) is not None:
+    if is_pickle(file):
         return None
     if ending in _ENDINGS:
         return _ENDINGS[ending]

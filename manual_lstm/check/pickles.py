@@ -9,9 +9,8 @@ import torch
 
 _DEEPEST = 1000  # of tuples in tuples: Python's hash of one goes as deep, and ends the process
 _MOST_HASHED = 100_000_000  # parts of keys; about a second
-_ATOM, _NAME, _ATOMS, _OTHER = range(
-    4
-)  # what an object is: no container, a name, a tuple of atoms, ...
+# What an object is: no container, a name, a tuple of those, or another one.
+_ATOM, _NAME, _ATOMS, _OTHER = range(4)
 
 
 class _Object(NamedTuple):
@@ -111,19 +110,19 @@ def _name_in_python_3(module: str, name: str) -> str:
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def pickle_protocol(file: IO[bytes]) -> int | None:
-    """The protocol of the pickle that a file begins with, ``None`` if it begins with none."""
+def is_pickle(file: IO[bytes]) -> bool:
+    """Whether a file begins with a pickle, as far as its head says, or otherwise its opcodes."""
     head = file.read(2)
     file.seek(0)
     if len(head) == 2 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
-        return head[1]
+        return True
     try:  # without a head: it is one if it can be looked through
         look_through(file)
     except Exception:  # pickletools may raise anything for what is none
-        return None
+        return False
     finally:
         file.seek(0)
-    return 0
+    return True
 
 
 def is_legacy(file: IO[bytes]) -> bool:

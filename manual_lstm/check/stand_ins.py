@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from manual_lstm.check.pickles import Contents, is_legacy, look_through, pickle_protocol
+from manual_lstm.check.pickles import Contents, is_legacy, look_through
 
 _MOST_NAMES = 10_000
 _MOST_NAMES_FOR_TORCH = 1000  # it looks through all of them at every name of the file
@@ -152,8 +152,6 @@ def load_with_stand_ins(file: IO[bytes]) -> object:
         records = [name for name in archive.namelist() if name.endswith("data.pkl")]
         contents = [look_through(io.BytesIO(archive.read(name))) for name in records]
         read = partial(_load_zip, archive, min(records, key=len))
-    elif pickle_protocol(file) is None:
-        raise pickle.UnpicklingError("this is no pickle")
     elif is_legacy(file):
         # Pickles of the magic number, the protocol, the machine, and the object.
         contents = [look_through(file) for _ in range(4)]

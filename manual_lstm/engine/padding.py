@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -136,17 +137,11 @@ def _number(number: Any) -> Any:
         if number.dim() == 0 and _is_integer(number):
             return number.to(torch.int64)
     elif hasattr(number, "__index__") and not isinstance(number, bool):
-        return number if is_compiling() else _index(number)
+        if is_compiling():
+            return number
+        with suppress(TypeError):  # an array of numpy that is not an integer has the method, too
+            return operator.index(number)
     raise TypeError(f"lengths should be integers, but got {number!r} ({type(number).__name__})")
-
-
-def _index(number: Any) -> int:
-    try:
-        return operator.index(number)
-    except TypeError:  # an array of numpy that is not an integer has the method, too
-        raise TypeError(
-            f"lengths should be integers, but got {number!r} ({type(number).__name__})"
-        ) from None
 
 
 def _is_integer(tensor: Tensor) -> bool:
